@@ -1,0 +1,50 @@
+"""mlxq: one quantization, every runtime, proven. Importing it loads nothing heavy and changes nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+#: Public name -> module that defines it, imported on first use.
+_EXPORTS = {
+    "convert": "mlxq.conversion",
+    "ConversionResult": "mlxq.conversion",
+    "load": "mlxq.runtime.load",
+    "Model": "mlxq.runtime.load",
+    "generate": "mlxq.runtime.generate",
+    "stream": "mlxq.runtime.generate",
+    "inspect": "mlxq.evaluate.inspect",
+    "quantize": "mlxq.ops",
+    "dequantize": "mlxq.ops",
+    "quantized_matmul": "mlxq.ops",
+    "MlxqError": "mlxq.errors",
+    "QuantSpec": "mlxq.types",
+    "Progress": "mlxq.types",
+    "CancelToken": "mlxq.types",
+}
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from mlxq.conversion import ConversionResult, convert
+    from mlxq.errors import MlxqError
+    from mlxq.evaluate.inspect import inspect
+    from mlxq.ops import dequantize, quantize, quantized_matmul
+    from mlxq.runtime.generate import generate, stream
+    from mlxq.runtime.load import Model, load
+    from mlxq.types import CancelToken, Progress, QuantSpec
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'mlxq' has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(_EXPORTS[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

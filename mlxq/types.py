@@ -1,0 +1,120 @@
+"""The frozen dataclasses that stand between the stages, and the progress and cancellation types."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mlxq.errors import Cancelled
+
+Action = Literal["quantize", "repack", "requantize", "keep"]
+ModuleKind = Literal["linear", "embedding", "switch", "other"]
+
+#: Bytes of one element of each float dtype, by its safetensors name.
+FLOAT_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+#: safetensors dtype name -> the name that configuration files and the `--dtype` option use.
+DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How a tensor is encoded: `bits` per code, `group_size` weights sharing scale and bias, and the mode."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit group {self.group_size}"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One logical tensor of a source, before anything of it is read.
+
+    `shape` counts weights (not packed words), row-major, as in PyTorch: `[out_features, in_features]`.
+    `dtype` is the storage format: `F32`, `F16`, `BF16`, a ggml type name such as `Q4_1`, or `AFFINE`.
+    `nbytes` counts everything stored for it, scales and biases included. `spec` is the affine grid that an
+    already quantized source holds exactly, or None. `module` says which kind of layer owns it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    spec: QuantSpec | None = None
+    module: ModuleKind = "other"
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        n = 1
+        for d in self.shape:
+            n *= d
+        return n
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What happens to one tensor, and why.
+
+    `dtype` (`F32`, `F16`, `BF16`) is the stored float type: of the whole tensor when kept, of its scales and
+    biases when quantized.
+    """
+
+    info: TensorInfo
+    action: Action
+    spec: QuantSpec | None
+    dtype: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """Packed affine codes and their grid: `w_hat = scales * q + biases`.
+
+    `w_q` uint32 `[..., N, K * bits // 32]`; `scales`, `biases` `[..., N, K // group_size]` in NumPy storage:
+    float32, float16, or uint16 holding bfloat16 bits when `dtype` is `BF16`. `shape` is `[..., N, K]`.
+    """
+
+    w_q: Any
+    scales: Any
+    biases: Any
+    spec: QuantSpec
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One progress event: `done` of `total` `unit`s of `stage` are finished; `item` names the current one."""
+
+    stage: Literal["download", "quantize", "write", "verify", "load", "prompt", "generate"]
+    done: int
+    total: int
+    unit: Literal["bytes", "tensors", "blocks", "tokens"]
+    item: str = ""
+
+
+ProgressCallback = Callable[[Progress], None]
+
+
+class CancelToken:
+    """Asks running work to stop, from any thread. The work raises `mlxq.errors.Cancelled`."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        self._event.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise `Cancelled` if `cancel` was called."""
+        if self._event.is_set():
+            raise Cancelled("cancelled")
