@@ -1,0 +1,103 @@
+"""Model classes of `mlx_lm.models`, imported without the side effects of importing `mlx_lm`.
+
+`import mlx_lm` lowers the process's limit of open files, sets environment variables and loads transformers.
+The model files need none of that, so they are imported under a private package name whose search path is
+mlx-lm's own directory. The private copy is ours alone: the runtime can give it CPU attention without touching
+what other users of mlx-lm in the same process see.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from mlxq.errors import CheckpointError
+
+_PRIVATE = "mlxq._mlx_lm"
+
+
+def _package_dir() -> Path:
+    spec = importlib.util.find_spec("mlx_lm")
+    if spec is None or not spec.submodule_search_locations:
+        raise CheckpointError("the package mlx-lm is not installed: pip install mlx-lm")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def import_private(module: str) -> types.ModuleType:
+    """Import `mlx_lm.<module>` as a private copy, e.g. `import_private("models.cache")`."""
+    if _PRIVATE not in sys.modules:
+        package = types.ModuleType(_PRIVATE)
+        package.__path__ = [str(_package_dir())]
+        sys.modules[_PRIVATE] = package
+    return importlib.import_module(f"{_PRIVATE}.{module}")
+
+
+@functools.cache
+def _tables() -> dict[str, dict[Any, str]]:
+    """The remapping tables of `mlx_lm/utils.py`, read as data so that the file is not executed."""
+    wanted = {"MODEL_REMAPPING": {}, "MODEL_ARCHITECTURE_REMAPPING": {}}
+    tree = ast.parse((_package_dir() / "utils.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in wanted:
+                wanted[name] = ast.literal_eval(node.value)
+    return wanted
+
+
+def supported() -> list[str]:
+    """Names of the model files that mlx-lm ships, and their aliases."""
+    files = (p.stem for p in (_package_dir() / "models").glob("*.py"))
+    return sorted({n for n in files if not n.startswith("__")} | set(_tables()["MODEL_REMAPPING"]))
+
+
+def model_classes(config: dict[str, Any]) -> tuple[type, type]:
+    """`(Model, ModelArgs)` for a `config.json`.
+
+    Raises:
+        CheckpointError: mlx-lm has no such architecture; the message names it and near matches.
+    """
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not model_type.isidentifier():
+        raise CheckpointError(f"config.json: model_type is {model_type!r}, which names no architecture")
+    tables = _tables()
+    architectures = config.get("architectures") or ()
+    if isinstance(architectures, str):
+        architectures = (architectures,)
+    for architecture in architectures:
+        remapped = tables["MODEL_ARCHITECTURE_REMAPPING"].get((model_type, architecture))
+        if remapped:
+            name = remapped
+            break
+    else:
+        name = tables["MODEL_REMAPPING"].get(model_type, model_type)
+    if not (_package_dir() / "models" / f"{name}.py").is_file():
+        near = difflib.get_close_matches(model_type, supported(), n=3)
+        hint = f"; near: {', '.join(near)}" if near else ""
+        raise CheckpointError(f"unknown architecture {model_type!r}: the installed mlx-lm has no model for it{hint}")
+    try:
+        module = import_private(f"models.{name}")
+        return module.Model, module.ModelArgs
+    except (ImportError, AttributeError) as e:
+        raise CheckpointError(f"architecture {model_type!r} cannot be used here: {e}") from e
+
+
+def build_model(config: dict[str, Any]) -> Any:
+    """A model with lazily initialized parameters: shapes are known, nothing is allocated.
+
+    Raises:
+        CheckpointError: the architecture is unknown, or config.json lacks a value or has a wrong one.
+    """
+    model_class, args_class = model_classes(config)
+    try:
+        return model_class(args_class.from_dict(config))
+    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError) as e:
+        what = str(e).replace("__init__() ", "").replace("\n", " ") or type(e).__name__
+        raise CheckpointError(f"config.json does not describe a {config.get('model_type')} model: {what}") from e
