@@ -24,7 +24,23 @@ _EXPORTS = {
     "CancelToken": "mlxq.types",
 }
 
-__all__ = ["__version__", *_EXPORTS]
+__all__ = [
+    "CancelToken",
+    "ConversionResult",
+    "MlxqError",
+    "Model",
+    "Progress",
+    "QuantSpec",
+    "__version__",
+    "convert",
+    "dequantize",
+    "generate",
+    "inspect",
+    "load",
+    "quantize",
+    "quantized_matmul",
+    "stream",
+]
 
 if TYPE_CHECKING:
     from mlxq.conversion import ConversionResult, convert

@@ -37,7 +37,8 @@ class TensorInfo:
     `shape` counts weights (not packed words), row-major, as in PyTorch: `[out_features, in_features]`.
     `dtype` is the storage format: `F32`, `F16`, `BF16`, a ggml type name such as `Q4_1`, or `AFFINE`.
     `nbytes` counts everything stored for it, scales and biases included. `spec` is the affine grid that an
-    already quantized source holds exactly, or None. `module` says which kind of layer owns it.
+    already quantized source holds exactly, or None, and `scales_dtype` the float type of its scales and biases.
+    `module` says which kind of layer owns the tensor.
     """
 
     name: str
@@ -45,6 +46,7 @@ class TensorInfo:
     dtype: str
     nbytes: int
     spec: QuantSpec | None = None
+    scales_dtype: str | None = None
     module: ModuleKind = "other"
 
     @property

@@ -104,10 +104,9 @@ class ParameterMap:
             kind = self.checkpoint.config.get("model_type")
             raise CheckpointError(f"{where}: {_count(extra, 'tensor')} unknown to a {kind} model: {extra[0]}")
         for name, shape in self._wanted.items():
-            if self.tensors[name].shape != shape:
-                raise CheckpointError(
-                    f"{where}: {name} has shape {list(self.tensors[name].shape)}, but config.json asks for {list(shape)}"
-                )
+            found = self.tensors[name].shape
+            if found != shape:
+                raise CheckpointError(f"{where}: {name} has shape {list(found)}; config.json asks for {list(shape)}")
 
     def _find_modules(self) -> None:
         import mlx.nn as nn

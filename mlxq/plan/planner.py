@@ -1,0 +1,253 @@
+"""Names, shapes and options in, a plan out: per tensor the action, the spec and the reason. Pure: no arrays."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from mlxq.errors import PlanError
+from mlxq.formats import geometry
+from mlxq.plan.recipes import RECIPES, recipe_bits
+from mlxq.plan.roles import layer_index, module_path, role
+from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorInfo, TensorPlan
+
+DEFAULT_BITS = 4
+DEFAULT_GROUP_SIZE = 64
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a person asked for.
+
+    `bits` and `group_size` None mean: keep the codes of a source that is already quantized, else 4 and 64.
+    `tensor_types` holds `REGEX=BITS` or `REGEX=BITS:GROUP`, `keep` regular expressions; both are searched in the
+    parameter name, and the last that matches wins. `dtype` is `float32`, `float16` or `bfloat16`.
+
+    Raises:
+        PlanError: an illegal value, named with the legal ones, or a malformed pattern.
+    """
+
+    bits: int | None = None
+    group_size: int | None = None
+    recipe: str | None = None
+    tensor_types: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.recipe is not None and self.recipe not in RECIPES:
+            raise PlanError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
+        _legal(self.bits or DEFAULT_BITS, self.group_size or DEFAULT_GROUP_SIZE, "")
+        if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
+            raise PlanError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(sorted(DTYPE_NAMES.values()))}")
+        object.__setattr__(self, "_types", [_tensor_type(t) for t in self.tensor_types])
+        object.__setattr__(self, "_keep", [(_regex(k, "--keep"), k) for k in self.keep])
+
+    @property
+    def says_how(self) -> bool:
+        """Whether bits, group size or recipe were asked for."""
+        return any(v is not None for v in (self.bits, self.group_size, self.recipe))
+
+    @property
+    def base(self) -> QuantSpec:
+        return QuantSpec(self.bits or DEFAULT_BITS, self.group_size or DEFAULT_GROUP_SIZE)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decisions for every tensor of a model, in the model's order. `base` is the default spec."""
+
+    tensors: tuple[TensorPlan, ...]
+    base: QuantSpec
+    dtype: str
+    dropped: tuple[str, ...] = ()
+    nbytes_by_name: Mapping[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "nbytes_by_name", {p.info.name: planned_bytes(p) for p in self.tensors})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result's tensors, scales and biases included."""
+        return sum(self.nbytes_by_name.values())
+
+    @property
+    def n_weights(self) -> int:
+        return sum(p.info.size for p in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors, scales and biases counted."""
+        return 8 * self.nbytes / max(self.n_weights, 1)
+
+    @property
+    def kept_weights(self) -> tuple[TensorPlan, ...]:
+        """Weights of layers that could be quantized and stay float."""
+        return tuple(p for p in self.tensors if p.action == "keep" and p.info.module != "other")
+
+
+def planned_bytes(plan: TensorPlan) -> int:
+    """Bytes that a planned tensor takes in the result."""
+    if plan.spec is None:
+        return plan.info.size * FLOAT_BYTES[plan.dtype] if plan.dtype in FLOAT_BYTES else plan.info.nbytes
+    return geometry.affine_bytes(plan.info.shape, plan.spec, plan.dtype)
+
+
+def make_plan(
+    tensors: Iterable[TensorInfo],
+    options: PlanOptions,
+    *,
+    float_modules: Mapping[str, int] | None = None,
+    cast_protected: frozenset[str] = frozenset(),
+    dropped: tuple[str, ...] = (),
+) -> Plan:
+    """Decide for every tensor.
+
+    `float_modules` maps module paths to 0 (the architecture never quantizes it) or to its least bits;
+    `cast_protected` names tensors that keep their own float dtype; `dropped` is passed on to the plan.
+
+    Raises:
+        PlanError: a `--tensor-type` or `--keep` pattern matches no tensor, or asks for what cannot be.
+    """
+    infos = list(tensors)
+    layers = [i for i in (layer_index(t.name) for t in infos) if i is not None]
+    n_layers = max(layers) + 1 if layers else 0
+    dtype = _model_dtype(infos, options)
+    quantized_source = any(t.spec for t in infos)
+    chooser = _Chooser(options, float_modules or {}, n_layers, quantized_source)
+    plans = []
+    for info in infos:
+        spec, reason = chooser.choose(info)
+        if spec is None:
+            stored = _kept_dtype(info, dtype, options, quantized_source, cast_protected)
+            plans.append(TensorPlan(info, "keep", None, stored, reason))
+        else:
+            action, reason = _action(info, spec, dtype, reason)
+            plans.append(TensorPlan(info, action, spec, dtype, reason))
+    chooser.refuse_unmatched()
+    return Plan(tuple(plans), options.base, dtype, dropped)
+
+
+class _Chooser:
+    """Chooses the spec of one tensor, and remembers which patterns matched."""
+
+    def __init__(self, options: PlanOptions, float_modules: Mapping[str, int], n_layers: int, quantized: bool):
+        self.options = options
+        self.float_modules = float_modules
+        self.n_layers = n_layers
+        self.as_stored = quantized and not options.says_how
+        self.unmatched = {text for _, _, _, text in options._types} | {text for _, text in options._keep}
+
+    def choose(self, info: TensorInfo) -> tuple[QuantSpec | None, str]:
+        kept = self._kept_by_pattern(info)
+        asked = self._asked(info)
+        if info.module == "other":
+            if asked:
+                raise PlanError(f"--tensor-type {asked[2]!r} matches {info.name}, which no layer can hold quantized")
+            return None, "not a weight of a linear, embedding or expert layer"
+        if kept:
+            return None, f"--keep {kept}"
+        if asked:
+            return self._fit(info, QuantSpec(asked[0], asked[1] or self.options.base.group_size), "--tensor-type")
+        least = self.float_modules.get(module_path(info.name))
+        if least == 0:
+            return None, "the architecture keeps this layer float"
+        if self.as_stored:
+            return (info.spec, "codes as in the source") if info.spec else (None, "float in the source")
+        base = self.options.base
+        bits, reason = recipe_bits(
+            self.options.recipe or "uniform", role(info), layer_index(info.name), self.n_layers, base.bits
+        )
+        if least and bits < least:
+            bits, reason = least, f"the architecture asks for at least {least} bits here"
+        return self._fit(info, QuantSpec(bits, base.group_size), reason)
+
+    def refuse_unmatched(self) -> None:
+        if self.unmatched:
+            raise PlanError(f"pattern {sorted(self.unmatched)[0]!r} matches no tensor; list them with --dry-run")
+
+    def _kept_by_pattern(self, info: TensorInfo) -> str | None:
+        found = None
+        for regex, text in self.options._keep:
+            if regex.search(info.name):
+                self.unmatched.discard(text)
+                found = text
+        return found
+
+    def _asked(self, info: TensorInfo) -> tuple[int, int | None, str] | None:
+        found = None
+        for regex, bits, group_size, text in self.options._types:
+            if regex.search(info.name):
+                self.unmatched.discard(text)
+                found = (bits, group_size, text)
+        return found
+
+    @staticmethod
+    def _fit(info: TensorInfo, spec: QuantSpec, reason: str) -> tuple[QuantSpec | None, str]:
+        """The spec with the largest legal group that divides the rows, or None."""
+        in_features = info.shape[-1]
+        group_size = geometry.largest_group(in_features, spec.group_size)
+        if group_size is None:
+            return None, f"rows of {in_features} divide by no legal group ({geometry.legal_groups_text()})"
+        if group_size != spec.group_size:
+            reason += f"; group {group_size} because rows of {in_features} do not divide by {spec.group_size}"
+        return QuantSpec(spec.bits, group_size), reason
+
+
+def _action(info: TensorInfo, spec: QuantSpec, dtype: str, reason: str) -> tuple[str, str]:
+    if info.spec == spec and info.scales_dtype == dtype:
+        return "repack", "codes as in the source"
+    if info.dtype in FLOAT_BYTES:
+        return "quantize", reason
+    if info.spec == spec:
+        return "requantize", f"scales are {info.scales_dtype} in the source, {dtype} asked"
+    return "requantize", f"{reason} (source: {info.dtype})"
+
+
+def _model_dtype(infos: list[TensorInfo], options: PlanOptions) -> str:
+    """The float type that holds most of the source's weights (of its scales, where it is quantized)."""
+    if options.dtype is not None:
+        return next(k for k, v in DTYPE_NAMES.items() if v == options.dtype)
+    weights: dict[str, int] = {}
+    for info in infos:
+        if info.module != "other":
+            dtype = info.scales_dtype or (info.dtype if info.dtype in FLOAT_BYTES else "F16")
+            weights[dtype] = weights.get(dtype, 0) + info.size
+    return max(weights, key=lambda d: weights[d]) if weights else "F32"
+
+
+def _kept_dtype(info: TensorInfo, dtype: str, options: PlanOptions, quantized: bool, protected: frozenset[str]) -> str:
+    """Kept tensors stay as they are; beside float16 scales a float32 one would promote every activation."""
+    is_float = info.dtype in FLOAT_BYTES
+    if info.name in protected:
+        return info.dtype if is_float else "F32"
+    if not is_float:
+        return dtype
+    return dtype if options.dtype is not None or quantized else info.dtype
+
+
+def _legal(bits: int, group_size: int, where: str) -> None:
+    from mlxq.errors import FormatError
+
+    try:
+        geometry.validate_affine(bits, group_size)
+    except FormatError as e:
+        raise PlanError(f"{where}{e}") from e
+
+
+def _regex(text: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as e:
+        raise PlanError(f"{option} {text!r} is not a regular expression: {e}") from e
+
+
+def _tensor_type(text: str) -> tuple[re.Pattern[str], int, int | None, str]:
+    pattern, separator, value = text.rpartition("=")
+    match = re.fullmatch(r"(\d+)(?::(\d+))?", value)
+    if not separator or not pattern or match is None:
+        raise PlanError(f"--tensor-type {text!r}: write REGEX=BITS or REGEX=BITS:GROUP, e.g. 'v_proj=6:64'")
+    bits, group_size = int(match[1]), int(match[2]) if match[2] else None
+    _legal(bits, group_size or DEFAULT_GROUP_SIZE, f"--tensor-type {text!r}: ")
+    return _regex(pattern, "--tensor-type"), bits, group_size, text
