@@ -1,0 +1,156 @@
+"""The one table of formats: legal bits, group sizes, block and type sizes, and what follows from them.
+
+Affine (MLX) rows of `K` weights are `K * bits / 32` uint32 words plus one scale and one bias for each group of
+`group_size` weights. Block formats (ggml) store `block_size` weights in `type_size` bytes, scale included.
+Sources: `mlx/ops.cpp` (affine_quantize), `ggml/src/ggml-common.h` (the block structures).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from mlxq.errors import FormatError
+from mlxq.types import FLOAT_BYTES, QuantSpec
+
+#: Bits per code and weights per group that `mx.quantize(mode="affine")` packs and every MLX reader understands.
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class BlockFormat:
+    """A ggml type: `block_size` weights in `type_size` bytes; `ggml_id` is its number in a GGUF file."""
+
+    name: str
+    ggml_id: int
+    block_size: int
+    type_size: int
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight, everything stored counted."""
+        return 8 * self.type_size / self.block_size
+
+
+_BLOCK_FORMATS = (
+    #           name   id  block  bytes: d, m float16; qh one uint32 of high bits; qs nibbles or bytes
+    BlockFormat("F32", 0, 1, 4),
+    BlockFormat("F16", 1, 1, 2),
+    BlockFormat("Q4_0", 2, 32, 2 + 16),
+    BlockFormat("Q4_1", 3, 32, 2 + 2 + 16),
+    BlockFormat("Q5_0", 6, 32, 2 + 4 + 16),
+    BlockFormat("Q5_1", 7, 32, 2 + 2 + 4 + 16),
+    BlockFormat("Q8_0", 8, 32, 2 + 32),
+    BlockFormat("BF16", 30, 1, 2),
+)
+#: ggml type name -> its geometry.
+BLOCK_FORMATS = {f.name: f for f in _BLOCK_FORMATS}
+_BY_GGML_ID = {f.ggml_id: f for f in _BLOCK_FORMATS}
+
+
+def block_format(name: str | int) -> BlockFormat:
+    """Geometry of a ggml type by its name (`Q4_1`) or its number in a GGUF file (3).
+
+    Raises:
+        FormatError: not in the table; the message lists what is.
+    """
+    found = _BY_GGML_ID.get(name) if isinstance(name, int) else BLOCK_FORMATS.get(name)
+    if found is None:
+        known = ", ".join(f"{f.name} ({f.ggml_id})" for f in _BLOCK_FORMATS)
+        raise FormatError(f"ggml type {name!r} is not known: the known types are {known}")
+    return found
+
+
+def block_row_bytes(K: int, name: str | int) -> int:
+    """Bytes of one row of `K` weights in a ggml type.
+
+    Raises:
+        FormatError: unknown type, or `K` is not a multiple of its block size.
+    """
+    fmt = block_format(name)
+    if K % fmt.block_size:
+        raise FormatError(f"{fmt.name} packs blocks of {fmt.block_size} weights, but the row has {K}")
+    return K // fmt.block_size * fmt.type_size
+
+
+def validate_affine(bits: int, group_size: int) -> None:
+    """Check bits and group size against the table.
+
+    Raises:
+        FormatError: not legal; the message lists the legal values.
+    """
+    if bits not in AFFINE_BITS:
+        raise FormatError(f"affine bits must be one of {_listed(AFFINE_BITS)}, got {bits!r}")
+    if group_size not in AFFINE_GROUP_SIZES:
+        raise FormatError(f"affine group_size must be one of {_listed(AFFINE_GROUP_SIZES)}, got {group_size!r}")
+
+
+def validate_width(K: int, bits: int, group_size: int) -> None:
+    """Check that rows of `K` weights can be quantized with these bits and groups.
+
+    Raises:
+        FormatError: illegal bits or group size, or `K` is not a positive multiple of the group size.
+    """
+    validate_affine(bits, group_size)
+    if K <= 0 or K % group_size:
+        best = largest_group(K, group_size)
+        hint = f"; group_size {best} divides it" if best else "; no legal group size divides it, keep it float"
+        raise FormatError(f"a row of {K} weights does not divide into groups of {group_size}{hint}")
+
+
+def largest_group(K: int, preferred: int) -> int | None:
+    """Largest legal group size that is at most `preferred` and divides `K`, or None."""
+    fits = [g for g in AFFINE_GROUP_SIZES if g <= preferred and K > 0 and K % g == 0]
+    return max(fits, default=None)
+
+
+def packed_words(K: int, bits: int) -> int:
+    """uint32 words that hold `K` codes of `bits` bits.
+
+    Raises:
+        FormatError: illegal bits, or the codes do not fill whole words.
+    """
+    if bits not in AFFINE_BITS:
+        raise FormatError(f"affine bits must be one of {_listed(AFFINE_BITS)}, got {bits!r}")
+    if K * bits % 32:
+        raise FormatError(f"{K} codes of {bits} bits are {K * bits} bits, which does not fill uint32 words")
+    return K * bits // 32
+
+
+def affine_bytes(shape: Sequence[int], spec: QuantSpec, dtype: str) -> int:
+    """Bytes of a tensor `[..., K]` in affine form: words, scales and biases.
+
+    Args:
+        shape: counts weights, last axis `K`.
+        spec: bits and group size.
+        dtype: float type of scales and biases: `F32`, `F16` or `BF16`.
+
+    Raises:
+        FormatError: illegal spec or dtype, or `K` does not divide into groups.
+    """
+    K = shape[-1]
+    validate_width(K, spec.bits, spec.group_size)
+    row = 4 * packed_words(K, spec.bits) + 2 * _float_bytes(dtype) * (K // spec.group_size)
+    return prod(shape[:-1]) * row
+
+
+def bpw(spec: QuantSpec, dtype: str) -> float:
+    """Bits per weight of an affine format, scales and biases (of `dtype`) counted: 4-bit group 64 in F16 is 4.5.
+
+    Raises:
+        FormatError: illegal spec or dtype.
+    """
+    validate_affine(spec.bits, spec.group_size)
+    return spec.bits + 2 * 8 * _float_bytes(dtype) / spec.group_size
+
+
+def _float_bytes(dtype: str) -> int:
+    if dtype not in FLOAT_BYTES:
+        raise FormatError(f"float dtype {dtype!r} is not known: the float dtypes are {_listed(FLOAT_BYTES)}")
+    return FLOAT_BYTES[dtype]
+
+
+def _listed(values: Sequence[object] | dict) -> str:
+    return ", ".join(str(v) for v in values)
