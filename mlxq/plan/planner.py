@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mlxq.errors import PlanError
+from mlxq.errors import FormatError, PlanError
 from mlxq.formats import geometry
 from mlxq.plan.recipes import RECIPES, recipe_bits
 from mlxq.plan.roles import layer_index, module_path, role
@@ -189,7 +189,8 @@ class _Chooser:
         in_features = info.shape[-1]
         group_size = geometry.largest_group(in_features, spec.group_size)
         if group_size is None:
-            return None, f"rows of {in_features} divide by no legal group ({geometry.legal_groups_text()})"
+            legal = ", ".join(map(str, geometry.AFFINE_GROUP_SIZES))
+            return None, f"rows of {in_features} divide by no legal group ({legal})"
         if group_size != spec.group_size:
             reason += f"; group {group_size} because rows of {in_features} do not divide by {spec.group_size}"
         return QuantSpec(spec.bits, group_size), reason
@@ -228,8 +229,6 @@ def _kept_dtype(info: TensorInfo, dtype: str, options: PlanOptions, quantized: b
 
 
 def _legal(bits: int, group_size: int, where: str) -> None:
-    from mlxq.errors import FormatError
-
     try:
         geometry.validate_affine(bits, group_size)
     except FormatError as e:
