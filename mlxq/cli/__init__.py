@@ -1,0 +1,35 @@
+"""The command line: a thin shell over the Python API. Errors of a person or a file are one line and exit status 1."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def main() -> None:
+    """Entry point of the `mlxq` command."""
+    from mlxq.errors import MlxqError
+
+    try:
+        from mlxq.cli.app import run
+
+        status = run()
+    except MlxqError as e:
+        status = _fail(" ".join(str(e).split()))
+    except KeyboardInterrupt:
+        status = _fail("interrupted", 130)
+    except BrokenPipeError:
+        # The reader of our output went away: silence Python's own message at exit, then end quietly.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        status = 141
+    except MemoryError:
+        status = _fail("out of memory")
+    except OSError as e:
+        where = f"{e.filename}: " if e.filename else ""
+        status = _fail(f"{where}{e.strerror or e}")
+    sys.exit(status)
+
+
+def _fail(message: str, status: int = 1) -> int:
+    print(f"mlxq: {message}", file=sys.stderr)
+    return status

@@ -112,3 +112,20 @@ def _check_storage(a: np.ndarray, dtype: str) -> None:
     expected = storage_dtype(dtype)
     if a.dtype != expected:
         raise FormatError(f"{dtype} is stored as {expected}, but the array is {a.dtype}")
+
+
+def all_finite(a: np.ndarray) -> bool:
+    """Whether no value of a storage array (F32, F16 or BF16 bits) is NaN or infinite.
+
+    Works on the bits, a cache-sized piece at a time: the exponent is all ones exactly for what is not finite.
+
+    Raises:
+        FormatError: an array that stores no float format.
+    """
+    dtype = dtype_of(a)
+    bits = np.ascontiguousarray(a).reshape(-1).view(np.uint32 if dtype == "F32" else np.uint16)
+    without_sign, exponent = {"F32": (0x7FFFFFFF, 0x7F800000), "F16": (0x7FFF, 0x7C00), "BF16": (0x7FFF, 0x7F80)}[dtype]
+    for start in range(0, bits.size, _CHUNK):
+        if (bits[start : start + _CHUNK] & bits.dtype.type(without_sign)).max() >= exponent:
+            return False
+    return True

@@ -1,0 +1,50 @@
+"""The typer application: commands are registered here, one module each."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import click
+import typer
+
+import mlxq
+from mlxq.cli import convert, generate, inspect
+
+app = typer.Typer(
+    name="mlxq",
+    help="Quantize language models for MLX and run them: one quantization, every runtime, proven.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert")(convert.convert)
+app.command("generate")(generate.generate)
+app.command("inspect")(inspect.inspect)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"mlxq {mlxq.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Quantize language models for MLX and run them: one quantization, every runtime, proven."""
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status. Errors of mlxq pass through."""
+    try:
+        status = app(arguments, standalone_mode=False)
+    except click.ClickException as e:
+        e.show()
+        return e.exit_code
+    except click.Abort:
+        raise KeyboardInterrupt from None
+    return status if isinstance(status, int) else 0

@@ -1,0 +1,154 @@
+"""What the commands print: plans, results and progress bars."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from mlxq.types import Progress
+
+if TYPE_CHECKING:
+    from mlxq.conversion import ConversionResult
+    from mlxq.plan.planner import Plan
+
+_LABELS = {
+    "download": "Downloading",
+    "quantize": "Quantizing",
+    "write": "Writing",
+    "verify": "Proving",
+    "load": "Loading",
+    "prompt": "Reading the prompt",
+    "generate": "Generating",
+}
+
+
+def human_bytes(n: float) -> str:
+    """`1234567` -> `1.2 MB`, in powers of ten as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 1000 or unit == "GB":
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return ""
+
+
+class ProgressBars:
+    """A progress callback that draws bars on a terminal's standard error, and one line a stage elsewhere.
+
+    Nothing is shown for what takes less than a second.
+    """
+
+    def __init__(self) -> None:
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._began = time.monotonic()
+        self._told: set[str] = set()
+
+    def __enter__(self) -> ProgressBars:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def __call__(self, event: Progress) -> None:
+        if not self._tasks and time.monotonic() - self._began < 1 and event.stage != "verify":
+            return
+        if not (sys.stderr and sys.stderr.isatty()):
+            self._tell(event)
+            return
+        if self._bars is None:
+            self._bars = _bars()
+            self._bars.start()
+        if event.stage not in self._tasks:
+            self._tasks[event.stage] = self._bars.add_task(_LABELS[event.stage], total=event.total, item="")
+        self._bars.update(self._tasks[event.stage], completed=event.done, total=event.total, item=event.item)
+
+    def _tell(self, event: Progress) -> None:
+        if event.stage not in self._told and sys.stderr:
+            self._told.add(event.stage)
+            print(f"{_LABELS[event.stage]} ...", file=sys.stderr, flush=True)
+
+
+def _bars() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("[dim]{task.fields[item]}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def console() -> Any:
+    """Standard output; as wide as its longest line when it is not a terminal, so that nothing is cut."""
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() else 200
+    return Console(width=width, soft_wrap=not sys.stdout.isatty(), highlight=False, emoji=False, markup=False)
+
+
+def print_plan(plan: Plan, config: dict[str, Any], context: int) -> None:
+    """The whole plan, tensor by tensor, and the totals."""
+    from rich import box
+    from rich.table import Table
+
+    from mlxq.architectures.memory import memory_to_run
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for title, justify in (("tensor", "left"), ("shape", "left"), ("from", "left"), ("to", "left")):
+        table.add_column(title, justify=justify, no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("why", justify="left", overflow="fold")
+    for p in plan.tensors:
+        to = f"{p.action} {p.spec} {p.dtype}" if p.spec else f"keep {p.dtype}"
+        shape = " x ".join(map(str, p.info.shape))
+        table.add_row(p.info.name, shape, p.info.dtype, to, f"{plan.nbytes_by_name[p.info.name]:,}", p.reason)
+    out = console()
+    out.print(table)
+    print_summary(plan)
+    memory = memory_to_run(plan.nbytes, config, context)
+    out.print(f"Memory to run {context:,} tokens of context: {memory}")
+
+
+def print_summary(plan: Plan) -> None:
+    """Totals by format, and every weight that stays float with its bytes and the reason."""
+    out = console()
+    groups: dict[str, list[int]] = {}
+    for p in plan.tensors:
+        key = f"{p.spec}, {p.dtype} scales" if p.spec else f"{p.dtype} float"
+        totals = groups.setdefault(key, [0, 0, 0])
+        totals[0] += 1
+        totals[1] += p.info.size
+        totals[2] += plan.nbytes_by_name[p.info.name]
+    for key, (count, size, nbytes) in sorted(groups.items(), key=lambda g: -g[1][2]):
+        out.print(f"  {key:<32} {count:>5} tensors  {size / 1e6:>9.1f}M weights  {human_bytes(nbytes):>9}")
+    if plan.kept_weights:
+        total = sum(plan.nbytes_by_name[p.info.name] for p in plan.kept_weights)
+        out.print(f"Kept float though a layer's weight, {human_bytes(total)}:")
+        for p in plan.kept_weights:
+            out.print(f"  {p.info.name}  {human_bytes(plan.nbytes_by_name[p.info.name])}  ({p.reason})")
+    if plan.dropped:
+        out.print(f"Not used by this architecture, left out: {', '.join(plan.dropped)}")
+    bpw = f"{plan.bpw:.3f} bits per weight, scales and biases counted"
+    out.print(f"Total {human_bytes(plan.nbytes)}, {plan.n_weights / 1e6:.1f}M weights, {bpw}")
+
+
+def print_result(result: ConversionResult) -> None:
+    """What was made, what it weighs, and what the proof measured."""
+    from mlxq.evaluate.report import render
+
+    out = console()
+    print_summary(result.plan)
+    for note in result.notes:
+        out.print(f"Note: {note}")
+    if result.verification is None:
+        out.print("Not verified (--no-verify)")
+    else:
+        out.print(render(result.verification))
+    out.print(f"Wrote {result.path}")
