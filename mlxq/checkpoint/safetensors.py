@@ -27,6 +27,8 @@ from mlxq.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 #: Sizes and offsets must fit a signed 64-bit integer, as file offsets do.
 _MAX_INT = 2**63 - 1
+#: NumPy 1 has no arrays of more axes.
+_MAX_RANK = 32
 
 #: Bits of one element of every dtype that the format defines.
 DTYPE_BITS = {
@@ -128,6 +130,8 @@ class SafetensorsFile:
             raise self._fail(
                 f"{where} has data_offsets {quoted(offsets)}; they must be two integers that are not negative"
             )
+        if len(shape) > _MAX_RANK:
+            raise self._fail(f"{where} has {len(shape)} axes; at most {_MAX_RANK} can be read")
         begin, end = offsets
         available = self._size - start
         if end < begin or end > available:

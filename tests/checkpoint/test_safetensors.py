@@ -181,6 +181,11 @@ def test_shape_that_is_no_list_of_sizes(file, shape):
     refuse(file, "tensor 'w'", "shape")
 
 
+def test_more_axes_than_numpy_has(file):
+    write_raw(file, {"w": entry(shape=[1] * 40, offsets=(0, 4))}, bytes(4))
+    refuse(file, "tensor 'w'", "40 axes", "at most 32")
+
+
 @pytest.mark.parametrize("offsets", [[-4, 12], [0], [0, 8, 16], [0, 16.0], "0-16", [0, 2**70]])
 def test_offsets_that_are_no_pair_of_sizes(file, offsets):
     write_raw(file, {"w": {**entry(), "data_offsets": offsets}}, bytes(16))
