@@ -80,6 +80,34 @@ class SafetensorsDirectory(Checkpoint):
         except OSError as e:
             raise CheckpointError(f"{self.path}: cannot be read: {e.strerror or e}") from e
 
+    def _float_info(self, name: str, entry: Entry) -> TensorInfo:
+        """A tensor stored as plain numbers, or the reason why its format is refused."""
+        where = f"{self.path}: tensor {quoted(name)}"
+        if entry.dtype.startswith(_FP8):
+            kind = "FP8" if entry.dtype.startswith("F8_") else entry.dtype
+            raise CheckpointError(
+                f"{where} is {entry.dtype}; {kind} checkpoints are not supported yet, use the model's bfloat16 weights"
+            )
+        if entry.dtype not in FLOAT_BYTES:
+            if self.kind != "mlx" and f"{name.removesuffix('.weight')}.scales" in self._stored.tensors:
+                raise CheckpointError(
+                    f"{where} is packed ({entry.dtype} with scales), but config.json has no quantization"
+                )
+            if name.endswith((".weight", *_PACKED_NAMES)):
+                raise CheckpointError(f"{where} is {entry.dtype}, a packed format that is not supported yet")
+        return TensorInfo(name, entry.shape, entry.dtype, entry.nbytes)
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Values of a tensor or of a range of its rows: float32, float16, or bfloat16's bits as uint16.
+
+        Raises:
+            CheckpointError: no such tensor, one that is not F32, F16 or BF16, or a file that changed.
+        """
+        entry = self._stored.tensors.get(name)
+        if entry is not None and entry.dtype not in FLOAT_BYTES:
+            raise CheckpointError(f"{self.path}: tensor {quoted(name)} is {entry.dtype}, not F32, F16 or BF16")
+        return self._stored.read(name, rows)
+
     @property
     def has_tokenizer(self) -> bool:
         """Whether the directory has the files of a tokenizer."""
@@ -117,31 +145,4 @@ class HuggingFaceCheckpoint(SafetensorsDirectory):
         if extern.exists():
             refuse_quantized({"quantization_config": read_json(extern)}, extern)
         self._open_weights()
-        self.tensors = {name: self._info(name, entry) for name, entry in self._stored.tensors.items()}
-
-    def _info(self, name: str, entry: Entry) -> TensorInfo:
-        where = f"{self.path}: tensor {quoted(name)}"
-        if entry.dtype.startswith(_FP8):
-            kind = "FP8" if entry.dtype.startswith("F8_") else entry.dtype
-            raise CheckpointError(
-                f"{where} is {entry.dtype}; {kind} checkpoints are not supported yet, use the model's bfloat16 weights"
-            )
-        if entry.dtype not in FLOAT_BYTES:
-            if f"{name.removesuffix('.weight')}.scales" in self._stored.tensors:
-                raise CheckpointError(
-                    f"{where} is packed ({entry.dtype} with scales), but config.json has no quantization"
-                )
-            if name.endswith((".weight", *_PACKED_NAMES)):
-                raise CheckpointError(f"{where} is {entry.dtype}, a packed format that is not supported yet")
-        return TensorInfo(name, entry.shape, entry.dtype, entry.nbytes)
-
-    def read(self, name: str, rows: slice | None = None) -> np.ndarray:
-        """Values of a tensor or of a range of its rows: float32, float16, or bfloat16's bits as uint16.
-
-        Raises:
-            CheckpointError: no such tensor, one that is not F32, F16 or BF16, or a file that changed.
-        """
-        info = self.tensors.get(name)
-        if info is not None and info.dtype not in FLOAT_BYTES:
-            raise CheckpointError(f"{self.path}: tensor {quoted(name)} is {info.dtype}, not F32, F16 or BF16")
-        return self._stored.read(name, rows)
+        self.tensors = {name: self._float_info(name, entry) for name, entry in self._stored.tensors.items()}
