@@ -95,7 +95,9 @@ def convert(
             return ConversionResult(None, plan, checkpoint.config)
         companions = checkpoint.companion_files()
         if not any(n in companions for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-            raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) beside the weights")
+            raise CheckpointError(
+                f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) beside the weights"
+            )
         job = _Job(parameters, plan, progress, cancel or CancelToken())
         stage.check_space(plan.nbytes + (16 << 20))
         with stage:

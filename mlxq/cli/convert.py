@@ -69,7 +69,8 @@ def convert(
         ),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, tensor by tensor, and write nothing.", rich_help_panel=_RUN)
+        bool,
+        typer.Option("--dry-run", help="Print the plan, tensor by tensor, and write nothing.", rich_help_panel=_RUN),
     ] = False,
     context: Context = DEFAULT_CONTEXT,
     no_verify: Annotated[
