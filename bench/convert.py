@@ -16,8 +16,6 @@ from pathlib import Path
 import numpy as np
 from measure import compare, median, spread
 
-from mlxq.formats.floats import float32_to_bf16_bits
-
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

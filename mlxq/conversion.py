@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mlxq.api import known_keywords
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.errors import CheckpointError, FormatError, VerificationError
+from mlxq.errors import CheckpointError, FormatError, OutputError, VerificationError
 from mlxq.formats import floats
 from mlxq.plan.planner import Plan, PlanOptions, make_plan
 from mlxq.quantizers import rtn
@@ -222,8 +224,6 @@ class _Job:
 
 
 def _contiguous(q: QuantizedTensor) -> list[Any]:
-    import numpy as np
-
     return [np.ascontiguousarray(a) for a in (q.w_q, q.scales, q.biases)]
 
 
@@ -233,8 +233,6 @@ def _stop(futures: list[Future[Any]]) -> None:
 
 
 def _output_path(output: str | os.PathLike[str] | None, source: str | os.PathLike[str]) -> Path:
-    from mlxq.errors import OutputError
-
     if output is None:
         raise OutputError("no output directory given")
     path, origin = Path(os.path.realpath(output)), Path(os.path.realpath(source))

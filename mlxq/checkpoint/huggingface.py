@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -56,8 +57,9 @@ def find_companions(directory: Path) -> dict[str, Path]:
     return dict(sorted(found.items()))
 
 
-def is_tokenizer(names: list[str] | dict[str, Path]) -> bool:
+def is_tokenizer(names: Iterable[str]) -> bool:
     """Whether files of these names make a tokenizer that transformers can load."""
+    names = set(names)
     if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in _TOKENIZERS):
         return True
     return "vocab.txt" in names or ("vocab.json" in names and "merges.txt" in names)

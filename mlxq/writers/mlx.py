@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from typing import Any
 
+from mlxq.checkpoint.config import to_json
 from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorPlan
 from mlxq.writers.safetensors import Entry
 
@@ -34,7 +33,7 @@ def config_json(config: dict[str, Any], plans: Sequence[TensorPlan], dtype: str)
     if quantization:
         out["quantization"] = quantization
         out["quantization_config"] = quantization
-    return (json.dumps(_tag_floats(out), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    return to_json(out).encode()
 
 
 def _quantization(plans: Sequence[TensorPlan]) -> dict[str, Any] | None:
@@ -58,14 +57,3 @@ def _quantization(plans: Sequence[TensorPlan]) -> dict[str, Any] | None:
 
 def _as_dict(spec: QuantSpec) -> dict[str, Any]:
     return {"group_size": spec.group_size, "bits": spec.bits, "mode": spec.mode}
-
-
-def _tag_floats(value: Any) -> Any:
-    """Non-finite floats as transformers writes them, since JSON has none."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"__float__": "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"}
-    if isinstance(value, dict):
-        return {k: _tag_floats(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_tag_floats(v) for v in value]
-    return value

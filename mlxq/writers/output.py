@@ -78,13 +78,15 @@ class OutputDirectory:
         """Write a small file into the stage, or copy one byte for byte."""
         with writing(self.path):
             data = content.read_bytes() if isinstance(content, Path) else content
-            with open(self.stage / name, "xb") as f:
+            path = self.stage / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(path, "xb") as f:
                 f.write(data)
 
     def commit(self) -> None:
         """Sync everything and move the stage to its place; an old directory is replaced only now."""
         with writing(self.path):
-            for file in self.stage.iterdir():
+            for file in self.stage.rglob("*"):
                 _sync(file)
             _sync(self.stage)
             replaced = self._sibling(_REPLACED)
