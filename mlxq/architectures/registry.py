@@ -15,12 +15,15 @@ import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlxq.errors import CheckpointError
 
 _PRIVATE = "mlxq._mlx_lm"
+#: Functions that the runtime may give a version of its own.
+_OVERRIDABLE = (("models.base", "scaled_dot_product_attention"), ("models.activations", "swiglu"))
 
 
 def _package_dir() -> Path:
@@ -36,7 +39,28 @@ def import_private(module: str) -> types.ModuleType:
         package = types.ModuleType(_PRIVATE)
         package.__path__ = [str(_package_dir())]
         sys.modules[_PRIVATE] = package
+        for name, attribute in _OVERRIDABLE:
+            owner = importlib.import_module(f"{_PRIVATE}.{name}")
+            setattr(owner, attribute, _Overridable(getattr(owner, attribute)))
     return importlib.import_module(f"{_PRIVATE}.{module}")
+
+
+class _Overridable:
+    """A function of mlx-lm that can be replaced even after model files have imported it by name."""
+
+    def __init__(self, original: Callable[..., Any]):
+        self.original = self.current = original
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.current(*args, **kwargs)
+
+
+def override(module: str, attribute: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Replace a function of the private copy by `make(original)`, for every model, imported already or not."""
+    if (module, attribute) not in _OVERRIDABLE:
+        raise KeyError(f"{module}.{attribute} cannot be overridden: {_OVERRIDABLE}")
+    function = getattr(import_private(module), attribute)
+    function.current = make(function.original)
 
 
 @functools.cache
