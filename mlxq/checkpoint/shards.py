@@ -33,7 +33,7 @@ class ShardedTensors:
 
     def __init__(self, directory: Path):
         self.directory = directory
-        weight_map = _read_index(directory)
+        weight_map = read_index(directory)
         names = (
             sorted(set(weight_map.values()))
             if weight_map
@@ -75,7 +75,8 @@ class ShardedTensors:
         self._closed = True
 
 
-def _read_index(directory: Path) -> dict[str, str]:
+def read_index(directory: Path) -> dict[str, str]:
+    """Tensor name -> shard file, as the index of a directory says; empty when there is no index."""
     path = directory / INDEX
     if not path.exists():
         return {}

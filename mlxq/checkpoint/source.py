@@ -2,43 +2,72 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
 from mlxq.checkpoint.base import Checkpoint
+from mlxq.checkpoint.config import read_config
+from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint
+from mlxq.checkpoint.mlx_directory import MlxCheckpoint
 from mlxq.errors import CheckpointError
 from mlxq.types import ProgressCallback
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*", re.ASCII)
+_FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json", ".pth", ".npz")
 
 
 def open_checkpoint(
-    source: str | Path, revision: str | None = None, progress: ProgressCallback | None = None
+    source: str | os.PathLike[str], revision: str | None = None, progress: ProgressCallback | None = None
 ) -> Checkpoint:
-    """Open a model directory, a `.gguf` file, or a Hub id `org/name`, fetching the latter when the cache lacks it."""
+    """Open a model: a Hugging Face or MLX directory, a `.gguf` file, or a Hub id `org/name`.
+
+    Args:
+        source: a path that exists is always taken as that path; else `org/name` is looked up in the Hub's cache and
+            then on the Hub.
+        revision: branch, tag or commit of a Hub id.
+        progress: called with the bytes of a download.
+
+    Raises:
+        CheckpointError: no such source, or one that cannot be read; the message says why.
+    """
     path = resolve(source, revision, progress)
     if path.is_dir():
-        return open_directory(path)
+        return _open_directory(path)
     from mlxq.checkpoint.gguf import GgufCheckpoint
 
     return GgufCheckpoint(path)
 
 
-def open_directory(path: Path) -> Checkpoint:
-    """A directory as MLX quantized it when its config.json says so, else as Hugging Face keeps it."""
-    from mlxq.checkpoint.config import read_config
-    from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint
-
-    if read_config(path).get("quantization") is not None:
-        from mlxq.checkpoint.mlx_directory import MlxCheckpoint
-
-        return MlxCheckpoint(path)
-    return HuggingFaceCheckpoint(path)
+def _open_directory(path: Path) -> Checkpoint:
+    """As MLX quantized it when config.json has `quantization`, else as Hugging Face keeps it."""
+    quantized = read_config(path).get("quantization") is not None
+    return MlxCheckpoint(path) if quantized else HuggingFaceCheckpoint(path)
 
 
-def resolve(source: str | Path, revision: str | None = None, progress: ProgressCallback | None = None) -> Path:
-    """The directory or file that `source` names on this machine, downloaded if need be."""
-    path = Path(source).expanduser()
-    if path.is_dir() or path.is_file():
+def resolve(
+    source: str | os.PathLike[str], revision: str | None = None, progress: ProgressCallback | None = None
+) -> Path:
+    """The directory or `.gguf` file on this machine that `source` names, downloaded if need be.
+
+    Raises:
+        CheckpointError: nothing of that name, or a file that is not GGUF.
+    """
+    text = os.fspath(source)
+    path = Path(text).expanduser()
+    if path.exists():
+        if revision is not None:
+            raise CheckpointError(f"{text}: is a local path; a revision ({revision}) belongs to Hub ids only")
+        if path.is_file() and path.suffix.lower() != ".gguf":
+            raise CheckpointError(f"{text}: not a GGUF file; name the directory of a model, not a file in it")
         return path
-    raise CheckpointError(f"{source}: no such file or directory")
+    if not _is_hub_id(text):
+        hint = "" if "/" in text or not text else " (an id of the Hub has the form organization/name)"
+        raise CheckpointError(f"{text or '(empty)'}: no such file or directory{hint}")
+    from mlxq.checkpoint.hub import fetch
+
+    return fetch(text, revision, progress)
+
+
+def _is_hub_id(text: str) -> bool:
+    return _HUB_ID.fullmatch(text) is not None and not text.lower().endswith(_FILE_ENDINGS)
