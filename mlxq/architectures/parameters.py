@@ -2,14 +2,16 @@
 
 mlx-lm's models know how to rename, stack or drop the tensors of a Hugging Face checkpoint (`Model.sanitize`).
 That function is run once over placeholders that hold shapes alone. What comes out as the very object that went in
-is a plain (renamed) tensor and streams by rows; what was computed (stacked experts, say) is made later, one layer at
-a time, by running `sanitize` again with the real arrays of that layer.
+is a plain (renamed) tensor and streams by rows; what was computed (stacked experts, say) is made when it is asked for,
+by running `sanitize` again with the real arrays of the tensors that it depends on.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
+import threading
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,8 @@ class ParameterMap:
         self._trace()
         self._check()
         self._find_modules()
-        self._cached: tuple[str, dict[str, Any]] | None = None
+        self._lock = threading.Lock()
+        self._cached: tuple[str, np.ndarray] | None = None
 
     def _sanitize(self, arrays: dict[str, Any]) -> dict[str, Any]:
         if not hasattr(self.model, "sanitize"):
@@ -71,7 +74,7 @@ class ParameterMap:
         sources = {id(a): name for name, a in placeholders.items()}
         outputs = self._sanitize(dict(placeholders))
         self._direct: dict[str, str] = {}
-        self._computed: dict[str, str] = {}
+        self._computed: dict[str, frozenset[str]] = {}
         infos: dict[str, TensorInfo] = {}
         for name, array in outputs.items():
             source = sources.get(id(array))
@@ -79,29 +82,22 @@ class ParameterMap:
                 self._direct[name] = source
                 infos[name] = dataclasses.replace(self.checkpoint.tensors[source], name=name)
             else:
-                self._computed[name] = _layer_of(name)
+                self._computed[name] = _dependencies(name, array, placeholders)
                 dtype = {"float16": "F16", "bfloat16": "BF16"}.get(str(array.dtype).rpartition(".")[2], "F32")
                 nbytes = array.size * (4 if dtype == "F32" else 2)
                 infos[name] = TensorInfo(name, tuple(array.shape), dtype, nbytes)
         self.tensors = infos
-        used = set(self._direct.values())
-        self._vanished = [n for n in self.checkpoint.tensors if n not in used]
-        groups = {_layer_of(n) for n in self._vanished}
-        # A computed parameter whose layer lost no tensor was derived from all of them (or from none).
-        self._computed = {n: g if g in groups else "" for n, g in self._computed.items()}
-        consumed = set(self._computed.values())
-        self.dropped = tuple(n for n in self._vanished if _layer_of(n) not in consumed)
+        used = set(self._direct.values()).union(*self._computed.values())
+        self.dropped = tuple(n for n in self.checkpoint.tensors if n not in used)
 
     def _check(self) -> None:
         where = self.checkpoint.path
+        kind = self.checkpoint.config.get("model_type")
         missing = [n for n in self._wanted if n not in self.tensors]
         if missing:
-            raise CheckpointError(
-                f"{where}: {_count(missing, 'tensor')} that config.json asks for: missing {missing[0]}"
-            )
+            raise CheckpointError(f"{where}: {_count(missing, 'tensor')} of a {kind} model not found: {missing[0]}")
         extra = [n for n in self.tensors if n not in self._wanted]
         if extra:
-            kind = self.checkpoint.config.get("model_type")
             raise CheckpointError(f"{where}: {_count(extra, 'tensor')} unknown to a {kind} model: {extra[0]}")
         for name, shape in self._wanted.items():
             found = self.tensors[name].shape
@@ -144,22 +140,21 @@ class ParameterMap:
         return self.checkpoint.read_quantized(self._direct[name], rows)
 
     def _compute(self, name: str) -> np.ndarray:
-        """Make a computed parameter; the real arrays of one layer are in memory at a time."""
+        """Make a computed parameter. The last one is remembered, since it is read by rows."""
         import mlx.core as mx
 
-        group = self._computed[name]
-        if self._cached is None or self._cached[0] != group:
-            self._cached = None
-            arrays = {}
-            for source, info in self.checkpoint.tensors.items():
-                real = group == "" or (source in self._vanished and _layer_of(source) == group)
-                arrays[source] = self._load(info) if real else self._placeholder(info)
-            out = self._sanitize(arrays)
-            self._cached = (group, {n: out[n] for n, g in self._computed.items() if g == group})
-        array = self._cached[1].pop(name)
-        if array.dtype == mx.bfloat16:
-            return np.array(array.view(mx.uint16))
-        return np.array(array)
+        with self._lock:
+            if self._cached is None or self._cached[0] != name:
+                self._cached = None
+                needed = self._computed[name]
+                arrays = {
+                    source: self._load(info) if source in needed else self._placeholder(info)
+                    for source, info in self.checkpoint.tensors.items()
+                }
+                array = self._sanitize(arrays)[name]
+                array = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
+                self._cached = (name, np.array(array))
+            return self._cached[1]
 
     def _load(self, info: TensorInfo) -> Any:
         import mlx.core as mx
@@ -169,9 +164,19 @@ class ParameterMap:
         return array.view(mx.bfloat16) if info.dtype == "BF16" else array
 
 
-def _layer_of(name: str) -> str:
-    match = _LAYER.search(name)
-    return match.group(1) if match else ""
+def _dependencies(name: str, array: Any, placeholders: dict[str, Any]) -> frozenset[str]:
+    """The sources that `array` was computed from, read off mlx's graph of it.
+
+    Only sources of the same layer are candidates, when there are any: graphs print in time linear in their number.
+    """
+    import mlx.core as mx
+
+    layer = _LAYER.search(name)
+    same = [n for n in placeholders if layer and (m := _LAYER.search(n)) and m[1] == layer[1]] or list(placeholders)
+    text = io.StringIO()
+    mx.export_to_dot(text, array, **{f"source_{i}": placeholders[n] for i, n in enumerate(same)})
+    used = {int(i) for i in re.findall(r'"source_(\d+)" ->', text.getvalue())}
+    return frozenset(same[i] for i in used)
 
 
 def _kind(module: Any) -> ModuleKind:

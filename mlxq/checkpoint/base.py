@@ -60,6 +60,7 @@ class Checkpoint(ABC):
     def files(self) -> list[Path]:
         """The weight files, whose SHA-256 digests identify the source."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release file handles; reading afterwards is an error."""
 

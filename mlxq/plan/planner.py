@@ -38,7 +38,7 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if self.recipe is not None and self.recipe not in RECIPES:
             raise PlanError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
-        _legal(self.bits or DEFAULT_BITS, self.group_size or DEFAULT_GROUP_SIZE, "")
+        _legal(self.base.bits, self.base.group_size, "")
         if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
             raise PlanError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(sorted(DTYPE_NAMES.values()))}")
         object.__setattr__(self, "_types", [_tensor_type(t) for t in self.tensor_types])
@@ -51,7 +51,8 @@ class PlanOptions:
 
     @property
     def base(self) -> QuantSpec:
-        return QuantSpec(self.bits or DEFAULT_BITS, self.group_size or DEFAULT_GROUP_SIZE)
+        bits = DEFAULT_BITS if self.bits is None else self.bits
+        return QuantSpec(bits, DEFAULT_GROUP_SIZE if self.group_size is None else self.group_size)
 
 
 @dataclass(frozen=True)
@@ -248,5 +249,5 @@ def _tensor_type(text: str) -> tuple[re.Pattern[str], int, int | None, str]:
     if not separator or not pattern or match is None:
         raise PlanError(f"--tensor-type {text!r}: write REGEX=BITS or REGEX=BITS:GROUP, e.g. 'v_proj=6:64'")
     bits, group_size = int(match[1]), int(match[2]) if match[2] else None
-    _legal(bits, group_size or DEFAULT_GROUP_SIZE, f"--tensor-type {text!r}: ")
+    _legal(bits, DEFAULT_GROUP_SIZE if group_size is None else group_size, f"--tensor-type {text!r}: ")
     return _regex(pattern, "--tensor-type"), bits, group_size, text
