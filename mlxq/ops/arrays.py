@@ -1,0 +1,90 @@
+"""NumPy and mlx arrays behind one description, and the way from one to the other without copying where possible.
+
+bfloat16 is a uint16 array of its bits in NumPy and a dtype of its own in mlx. mlx is never imported for NumPy arrays.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Literal
+
+import numpy as np
+
+from mlxq.errors import BackendError, FormatError
+
+Kind = Literal["numpy", "mlx"]
+
+_NUMPY_NAMES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
+_MLX_NAMES = {"mlx.core.float32": "F32", "mlx.core.float16": "F16", "mlx.core.bfloat16": "BF16"}
+_MLX_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def import_mlx() -> ModuleType:
+    """`mlx.core`.
+
+    Raises:
+        BackendError: mlx is not installed.
+    """
+    try:
+        import mlx.core as mx
+    except ImportError as error:
+        raise BackendError(f"the mlx back end needs the package mlx, which cannot be imported: {error}") from error
+    return mx
+
+
+def kind_of(op: str, name: str, a: Any) -> Kind:
+    """`numpy` or `mlx`.
+
+    Raises:
+        FormatError: any other object.
+    """
+    if isinstance(a, np.ndarray):
+        return "numpy"
+    if type(a).__module__ == "mlx.core" and hasattr(a, "shape"):
+        return "mlx"
+    raise FormatError(f"{op}: {name} must be a NumPy or mlx array, got {type(a).__name__}")
+
+
+def dtype_name(a: Any) -> str:
+    """`F32`, `F16`, `BF16`, or the plain name of another dtype, such as `uint32`."""
+    if isinstance(a, np.ndarray):
+        return _NUMPY_NAMES.get(str(a.dtype), str(a.dtype))
+    name = str(a.dtype)
+    return _MLX_NAMES.get(name, name.removeprefix("mlx.core."))
+
+
+def mlx_dtype(name: str) -> Any:
+    """The mlx dtype of `F32`, `F16` or `BF16`."""
+    return getattr(import_mlx(), _MLX_TYPES[name])
+
+
+def to_numpy(a: Any) -> np.ndarray:
+    """The array in NumPy storage; an mlx array is evaluated, and shared, not copied, where its layout allows."""
+    if isinstance(a, np.ndarray):
+        return a
+    if dtype_name(a) != "BF16":
+        return np.asarray(a)
+    if a.size and memoryview(a).c_contiguous:
+        return np.frombuffer(a, np.uint16).reshape(a.shape)
+    return np.asarray(a.view(import_mlx().uint16))
+
+
+def to_mlx(a: Any) -> Any:
+    """The array as mlx array; copies NumPy's memory. uint16 becomes bfloat16."""
+    if not isinstance(a, np.ndarray):
+        return a
+    mx = import_mlx()
+    return mx.array(a).view(mx.bfloat16) if a.dtype == np.uint16 else mx.array(a)
+
+
+def to_kind(a: Any, kind: Kind) -> Any:
+    """`to_numpy` or `to_mlx`."""
+    return to_numpy(a) if kind == "numpy" else to_mlx(a)
+
+
+def indices_to_kind(indices: Any, kind: Kind) -> Any:
+    """Integer indices as int64 NumPy or uint32 mlx array."""
+    if kind == "numpy":
+        return np.asarray(indices).astype(np.int64, copy=False)
+    mx = import_mlx()
+    return (mx.array(indices) if isinstance(indices, np.ndarray) else indices).astype(mx.uint32)

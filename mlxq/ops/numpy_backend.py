@@ -1,0 +1,118 @@
+"""The operations in NumPy. Arguments are validated arrays in NumPy storage (uint16 is bfloat16).
+
+Products are computed in float32 and rounded once, to the dtype that mlx would return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mlxq.errors import FormatError
+from mlxq.formats import affine
+from mlxq.formats.floats import dtype_of, from_float32, to_float32
+from mlxq.ops import planes
+
+#: Elements of a float weight that are widened to float32 at a time.
+_WIDEN_CHUNK = 1 << 18
+
+
+def quantize(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    dtype = dtype_of(w)
+    scales, biases = affine.choose_qparams(w, bits, group_size)
+    w_q = affine.pack(affine.quantize(w, scales, biases, bits, group_size), bits)
+    return w_q, from_float32(scales, dtype), from_float32(biases, dtype)
+
+
+def dequantize(
+    w_q: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, group_size: int, dtype: str | None
+) -> np.ndarray:
+    codes = affine.unpack(w_q, bits, scales.shape[-1] * group_size)
+    w_hat = affine.dequantize(codes, scales, biases, bits, group_size)
+    own = dtype_of(scales)
+    return w_hat if dtype in (None, own) else from_float32(to_float32(w_hat, own), dtype)
+
+
+def quantized_matmul(
+    x: np.ndarray, w_q: np.ndarray, scales: np.ndarray, biases: np.ndarray, transpose: bool, bits: int, group_size: int
+) -> np.ndarray:
+    dtype = promote(dtype_of(x), dtype_of(scales))
+    product = planes.matmul_transposed if transpose else planes.matmul_plain
+    rows = to_float32(x, dtype_of(x)).reshape(-1, x.shape[-1])
+    y = product(rows, w_q, _widened(scales), _widened(biases), bits, group_size)
+    return from_float32(y, dtype).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def gather_quantized_matmul(
+    x: np.ndarray,
+    w_q: np.ndarray,
+    scales: np.ndarray,
+    biases: np.ndarray,
+    rhs_indices: np.ndarray,
+    transpose: bool,
+    bits: int,
+    group_size: int,
+    sorted_indices: bool,
+) -> np.ndarray:
+    N = w_q.shape[1] if transpose else scales.shape[2] * group_size
+    product = planes.matmul_transposed if transpose else planes.matmul_plain
+
+    def multiply(rows: np.ndarray, expert: int) -> np.ndarray:
+        return product(rows, w_q[expert], _widened(scales[expert]), _widened(biases[expert]), bits, group_size)
+
+    y = _gather(x, len(w_q), N, rhs_indices, multiply)
+    return from_float32(y, promote(dtype_of(x), dtype_of(scales)))
+
+
+def matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    rows = to_float32(x, dtype_of(x)).reshape(-1, x.shape[-1])
+    y = _matmul(rows, w)
+    return from_float32(y, promote(dtype_of(x), dtype_of(w))).reshape(*x.shape[:-1], y.shape[-1])
+
+
+def gather_matmul(x: np.ndarray, w: np.ndarray, rhs_indices: np.ndarray, sorted_indices: bool) -> np.ndarray:
+    y = _gather(x, len(w), w.shape[1], rhs_indices, lambda rows, expert: _matmul(rows, w[expert]))
+    return from_float32(y, promote(dtype_of(x), dtype_of(w)))
+
+
+def promote(a: str, b: str) -> str:
+    """dtype of a product: equal ones stay, float16 with bfloat16 is float32, as in mlx."""
+    return a if a == b else "F32"
+
+
+def _matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """`x @ w.T` in float32; half weights are widened in parts that stay in the cache."""
+    dtype = dtype_of(w)
+    if dtype == "F32":
+        return x @ w.T
+    y = np.empty((x.shape[0], w.shape[0]), np.float32)
+    step = max(_WIDEN_CHUNK // max(w.shape[1], 1), 1)
+    for start in range(0, w.shape[0], step):
+        part = slice(start, start + step)
+        y[:, part] = x @ to_float32(w[part], dtype).T
+    return y
+
+
+def _gather(
+    x: np.ndarray, n_experts: int, N: int, rhs_indices: np.ndarray, multiply: Callable[[np.ndarray, int], np.ndarray]
+) -> np.ndarray:
+    """Send each `[M, K]` of x to its expert: float32 `[*batch, M, N]`, batch being x's axes broadcast with indices."""
+    if rhs_indices.size and not (0 <= rhs_indices.min() and rhs_indices.max() < n_experts):
+        raise FormatError(f"rhs_indices must be in 0..{n_experts - 1}, got {rhs_indices.min()}..{rhs_indices.max()}")
+    M, K = x.shape[-2:]
+    batch = np.broadcast_shapes(x.shape[:-2], rhs_indices.shape)
+    matrices = to_float32(x, dtype_of(x)).reshape(-1, M, K)
+    sources = np.arange(len(matrices)).reshape(x.shape[:-2])
+    sources = np.broadcast_to(sources, batch).reshape(-1)
+    experts = np.broadcast_to(rhs_indices, batch).reshape(-1)
+    y = np.empty((experts.size, M, N), np.float32)
+    for expert in np.unique(experts):
+        targets = np.flatnonzero(experts == expert)
+        rows = matrices[sources[targets]].reshape(-1, K)
+        y[targets] = multiply(rows, int(expert)).reshape(-1, M, N)
+    return y.reshape(*batch, M, N)
+
+
+def _widened(a: np.ndarray) -> np.ndarray:
+    return to_float32(a, dtype_of(a))

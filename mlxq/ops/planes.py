@@ -1,0 +1,171 @@
+"""Products with packed affine weights in NumPy: decode blocks that stay in cache, multiply them with BLAS.
+
+NumPy has no fused kernels, so the decoding is arranged to need few passes over the weights, all of them contiguous.
+
+- Planes. 32-bit words hold a repeating pattern of codes (8 codes in a word of 4 bits, 32 codes in three words of
+  3 bits). Code `j` of every pattern is one plane, cut out of all words at once with a mask. It is not shifted down:
+  masked in place it is the integer `q << offset`, exact in float32, and the factor `2**-offset` is moved to `x`. The
+  order of the inner dimension changes the same way in `x`, so nothing is ever interleaved.
+- The block is decoded transposed, `[K, rows]`: a group's scales then multiply whole contiguous rows.
+- `sum_k x * (scales * q + biases)` is `scales * sum_k x * q + biases * sum_k x`: biases cost one small matrix
+  product, and for few rows of `x` the scales multiply the sums of each group instead of every weight.
+
+Everything is float32, whatever the dtypes of the inputs were. Measured with 8192 x 768 weights of 4 bits on two Xeon
+cores: 1 row 2.2 ms (mlx 0.32.4: 3.7 ms), 16 rows 4 ms (mlx 58 ms), 512 rows 27 ms of which 18 ms are BLAS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+import numpy as np
+
+#: Up to this many rows of x, scales multiply the sums of groups, `M * N * K / group_size` products, and above it
+#: the decoded weights, `N * K` products.
+_FEW_ROWS = 16
+#: Columns of a decoded block; with `_Planes.block_rows` rows it stays in a second-level cache.
+_BLOCK_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class _Planes:
+    """How codes of one width repeat in words: `n_codes` codes in `n_words` words.
+
+    `offsets[j]` is the first bit of code `j` within its word `words[j]`; `factors[j]` undoes the shift that masking
+    in place leaves out.
+    """
+
+    bits: int
+    n_codes: int
+    n_words: int
+    words: tuple[int, ...]
+    offsets: tuple[int, ...]
+    factors: np.ndarray
+
+    @property
+    def block_rows(self) -> int:
+        """Weight rows decoded at a time: planes long enough to amortize a NumPy call, short enough for the cache."""
+        return min(32 * self.n_codes, 512)
+
+
+@lru_cache(maxsize=None)
+def _planes(bits: int) -> _Planes:
+    n_codes = 32 // gcd(32, bits)
+    starts = [divmod(j * bits, 32) for j in range(n_codes)]
+    # Codes that reach bit 31 are shifted down, because masked they would be negative as int32.
+    factors = [1.0 if offset + bits >= 32 else 2.0**-offset for _, offset in starts]
+    return _Planes(
+        bits=bits,
+        n_codes=n_codes,
+        n_words=n_codes * bits // 32,
+        words=tuple(word for word, _ in starts),
+        offsets=tuple(offset for _, offset in starts),
+        factors=np.array(factors, np.float32),
+    )
+
+
+def matmul_transposed(
+    x: np.ndarray, w_q: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, group_size: int
+) -> np.ndarray:
+    """`x @ w_hat.T` for packed weights.
+
+    Args:
+        x: float32 `[M, K]`.
+        w_q: uint32 `[N, K * bits // 32]`.
+        scales, biases: float32 `[N, K // group_size]`.
+
+    Returns:
+        float32 `[M, N]`.
+    """
+    M, K = x.shape
+    planes = _planes(bits)
+    x_groups = x.reshape(M, K // group_size, group_size)
+    y = x_groups.sum(axis=2) @ biases.T
+    x_planes = _plane_order(x_groups, planes)
+    few = M <= _FEW_ROWS
+    if few:
+        x_planes = np.ascontiguousarray(x_planes.transpose(1, 0, 2))
+    for rows, groups, codes in _decoded_blocks(w_q, planes, group_size):
+        step = np.ascontiguousarray(scales[rows, groups].T)[:, None]
+        if few:
+            sums = x_planes[groups] @ codes
+            sums *= step
+            y[:, rows] += sums.sum(axis=0)
+        else:
+            codes *= step
+            flat = codes.reshape(-1, codes.shape[2])
+            y[:, rows] += x_planes[:, groups].reshape(M, -1) @ flat
+    return y
+
+
+def matmul_plain(
+    x: np.ndarray, w_q: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, group_size: int
+) -> np.ndarray:
+    """`x @ w_hat` for packed weights: x float32 `[M, N]`, the rest as in `matmul_transposed`; float32 `[M, K]`."""
+    M, n_groups = x.shape[0], scales.shape[1]
+    planes = _planes(bits)
+    y_planes = np.zeros((M, n_groups, group_size), np.float32)
+    for rows, groups, codes in _decoded_blocks(w_q, planes, group_size):
+        codes *= np.ascontiguousarray(scales[rows, groups].T)[:, None]
+        flat = codes.reshape(-1, codes.shape[2])
+        y_planes[:, groups] += (x[:, rows] @ flat.T).reshape(M, -1, group_size)
+    by_plane = y_planes.reshape(M, n_groups, planes.n_codes, -1)
+    y = (by_plane.transpose(0, 1, 3, 2) * planes.factors).reshape(M, n_groups, group_size)
+    y += (x @ biases)[:, :, None]
+    return y.reshape(M, n_groups * group_size)
+
+
+def _plane_order(x_groups: np.ndarray, planes: _Planes) -> np.ndarray:
+    """`[M, n_groups, group_size]` with each group reordered by plane and scaled by the planes' factors."""
+    M, n_groups, group_size = x_groups.shape
+    patterns = x_groups.reshape(M, n_groups, -1, planes.n_codes) * planes.factors
+    return np.ascontiguousarray(patterns.transpose(0, 1, 3, 2)).reshape(M, n_groups, group_size)
+
+
+def _decoded_blocks(w_q: np.ndarray, planes: _Planes, group_size: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
+    """Blocks of codes: rows, groups, and float32 `[groups, group_size, rows]` in plane order, unscaled.
+
+    The array is reused for the next block; the caller may change it.
+    """
+    N, words_in_group = w_q.shape[0], group_size * planes.bits // 32
+    n_groups = w_q.shape[1] // words_in_group
+    block_rows = min(planes.block_rows, N)
+    block_groups = min(max(_BLOCK_COLUMNS // group_size, 1), n_groups)
+    n_patterns = group_size // planes.n_codes
+    decoded = np.empty(block_groups * group_size * block_rows, np.float32)
+    plane = np.empty(block_groups * n_patterns * block_rows, np.uint32)
+    for row in range(0, N, block_rows):
+        rows = slice(row, min(row + block_rows, N))
+        for group in range(0, n_groups, block_groups):
+            groups = slice(group, min(group + block_groups, n_groups))
+            shape = (groups.stop - group, n_patterns, rows.stop - row)
+            words = w_q[rows, group * words_in_group : groups.stop * words_in_group]
+            codes = _part(decoded, (shape[0], planes.n_codes, n_patterns, shape[2]))
+            _decode(words, planes, codes, _part(plane, shape))
+            yield rows, groups, codes.reshape(shape[0], group_size, shape[2])
+
+
+def _decode(words: np.ndarray, planes: _Planes, codes: np.ndarray, plane: np.ndarray) -> None:
+    """Fill `codes` `[groups, n_codes, patterns, rows]` from `words` `[rows, n]`, one plane after the other."""
+    columns = np.ascontiguousarray(words.T).reshape(plane.shape[0], plane.shape[1], planes.n_words, plane.shape[2])
+    mask = (1 << planes.bits) - 1
+    for j, (word, offset) in enumerate(zip(planes.words, planes.offsets, strict=True)):
+        end = offset + planes.bits
+        if end < 32:
+            np.bitwise_and(columns[:, :, word], np.uint32(mask << offset), out=plane)
+        else:
+            np.right_shift(columns[:, :, word], np.uint32(offset), out=plane)
+            if end > 32:
+                rest = np.left_shift(columns[:, :, word + 1], np.uint32(32 - offset))
+                rest &= np.uint32(mask)
+                plane |= rest
+        # As int32, which converts to float32 faster than uint32 does.
+        codes[:, j] = plane.view(np.int32)
+
+
+def _part(buffer: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A contiguous array of `shape` at the start of a flat buffer."""
+    return buffer[: np.prod(shape)].reshape(shape)
