@@ -1,0 +1,126 @@
+"""Small GGUF files for tests, written with `gguf.GGUFWriter` the way llama.cpp's converter writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, LAYERS, VOCAB = 64, 4, 2, 16, 96, 2, 40
+
+
+def permute(w: np.ndarray, n_heads: int) -> np.ndarray:
+    """What the converter does to q and k: rows of each head from halves to pairs."""
+    return w.reshape(n_heads, 2, w.shape[0] // n_heads // 2, *w.shape[1:]).swapaxes(1, 2).reshape(w.shape)
+
+
+def linear_shapes(layer: int) -> dict[str, tuple[int, int]]:
+    return {
+        f"model.layers.{layer}.self_attn.q_proj.weight": (HEADS * HEAD_DIM, HIDDEN),
+        f"model.layers.{layer}.self_attn.k_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        f"model.layers.{layer}.self_attn.v_proj.weight": (KV_HEADS * HEAD_DIM, HIDDEN),
+        f"model.layers.{layer}.self_attn.o_proj.weight": (HIDDEN, HEADS * HEAD_DIM),
+        f"model.layers.{layer}.mlp.gate_proj.weight": (FFN, HIDDEN),
+        f"model.layers.{layer}.mlp.up_proj.weight": (FFN, HIDDEN),
+        f"model.layers.{layer}.mlp.down_proj.weight": (HIDDEN, FFN),
+    }
+
+
+GGUF_NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def llama_weights(seed: int = 0, tied: bool = True, layers: int = LAYERS, vocab: int = VOCAB) -> dict[str, np.ndarray]:
+    """A llama's float32 weights under their Hugging Face names."""
+    rng = np.random.default_rng(seed)
+    shapes = {"model.embed_tokens.weight": (vocab, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    if not tied:
+        shapes["lm_head.weight"] = (vocab, HIDDEN)
+    for layer in range(layers):
+        shapes |= linear_shapes(layer)
+        shapes[f"model.layers.{layer}.input_layernorm.weight"] = (HIDDEN,)
+        shapes[f"model.layers.{layer}.post_attention_layernorm.weight"] = (HIDDEN,)
+    return {n: rng.normal(1.0 if "norm" in n else 0.0, 0.1, s).astype(np.float32) for n, s in shapes.items()}
+
+
+def gguf_name(name: str) -> str:
+    top = {
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    }
+    if name in top:
+        return top[name]
+    _, _, layer, rest = name.split(".", 3)
+    stem, kind = rest.rsplit(".", 1)
+    return f"blk.{layer}.{GGUF_NAMES[stem]}.{kind}"
+
+
+def new_writer(path: Path, arch: str = "llama", layers: int = LAYERS, **numbers) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_block_count(layers)
+    writer.add_context_length(256)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    for key, value in numbers.items():
+        writer.add_key_value(key.replace("__", "."), value, _value_type(value))
+    return writer
+
+
+def _value_type(value: object) -> gguf.GGUFValueType:
+    kinds = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+    return kinds.get(type(value), gguf.GGUFValueType.STRING)
+
+
+def add_tensor(writer: gguf.GGUFWriter, name: str, w: np.ndarray, type_name: str = "F32") -> None:
+    kind = gguf.GGMLQuantizationType[type_name]
+    data = gguf.quants.quantize(w, kind)
+    writer.add_tensor(name, data, raw_shape=data.shape, raw_dtype=kind)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write_llama(
+    path: Path,
+    weights: dict[str, np.ndarray],
+    type_name: str = "F32",
+    arch: str = "llama",
+    extra: dict[str, np.ndarray] | None = None,
+    configure=None,
+    **numbers,
+) -> Path:
+    """Write `weights` with matrices as `type_name` and vectors as F32; q and k permuted for the llama architecture."""
+    layers = 1 + max(int(n.split(".")[2]) for n in weights if n.startswith("model.layers."))
+    writer = new_writer(path, arch, layers, **numbers)
+    if configure is not None:
+        configure(writer)
+    for name, w in weights.items():
+        if arch == "llama" and ".q_proj." in name:
+            w = permute(w, HEADS)
+        if arch == "llama" and ".k_proj." in name:
+            w = permute(w, KV_HEADS)
+        add_tensor(writer, gguf_name(name), w, type_name if w.ndim > 1 else "F32")
+    for name, w in (extra or {}).items():
+        add_tensor(writer, name, w)
+    finish(writer)
+    return path
