@@ -1,0 +1,1 @@
+"""From bytes on disk to named tensors, read lazily: `source.open_checkpoint` is the way in."""

@@ -179,6 +179,11 @@ def _translated(label: str) -> Iterator[None]:
     except errors.RevisionNotFoundError as e:
         raise CheckpointError(f"{label}: the model is on the Hub, but has no such revision") from e
     except errors.HfHubHTTPError as e:
+        status = e.response.status_code
+        if status == 401:
+            raise CheckpointError(f"{label}: the Hub does not accept the login of this machine: hf auth login") from e
+        if status == 429 or status >= 500:
+            raise _Unreachable(f"the Hub cannot serve it now ({_first_line(e)})") from e
         raise CheckpointError(f"{label}: the Hub answered with an error: {_first_line(e)}") from e
     except (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError, transport) as e:
         raise _Unreachable(f"the Hub cannot be reached ({_first_line(e)})") from e

@@ -96,7 +96,9 @@ class SafetensorsDirectory(Checkpoint):
                     f"{where} is packed ({entry.dtype} with scales), but config.json has no quantization"
                 )
             if name.endswith((".weight", *_PACKED_NAMES)):
-                raise CheckpointError(f"{where} is {entry.dtype}, a packed format that is not supported yet")
+                raise CheckpointError(
+                    f"{where} is {entry.dtype}; weights must be F32, F16 or BF16, packed formats are not supported yet"
+                )
         return TensorInfo(name, entry.shape, entry.dtype, entry.nbytes)
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:

@@ -54,6 +54,8 @@ def resolve(
         CheckpointError: nothing of that name, or a file that is not GGUF.
     """
     text = os.fspath(source)
+    if not text:
+        raise CheckpointError("the name of the model is empty; give a directory, a .gguf file or an id of the Hub")
     path = Path(text).expanduser()
     if path.exists():
         if revision is not None:
@@ -62,8 +64,8 @@ def resolve(
             raise CheckpointError(f"{text}: not a GGUF file; name the directory of a model, not a file in it")
         return path
     if not _is_hub_id(text):
-        hint = "" if "/" in text or not text else " (an id of the Hub has the form organization/name)"
-        raise CheckpointError(f"{text or '(empty)'}: no such file or directory{hint}")
+        hint = "" if "/" in text else " (an id of the Hub has the form organization/name)"
+        raise CheckpointError(f"{text}: no such file or directory{hint}")
     from mlxq.checkpoint.hub import fetch
 
     return fetch(text, revision, progress)

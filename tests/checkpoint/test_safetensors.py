@@ -298,5 +298,27 @@ def test_file_that_changes_after_it_was_opened(file):
         opened.read("a")
 
 
+def test_damaged_files_are_refused_and_nothing_else_happens(file):
+    """Random damage to the header and the length: a file either opens with tensors inside it, or is refused."""
+    write_raw(file, {"a": entry(), "__metadata__": {"format": "pt"}, "b": entry("BF16", (4,), (16, 24))}, bytes(24))
+    sound = file.read_bytes()
+    rng = np.random.default_rng(0)
+    opened = 0
+    for _ in range(400):
+        damaged = bytearray(sound)
+        for _ in range(rng.integers(1, 4)):
+            damaged[rng.integers(0, len(sound) - 24)] = rng.integers(0, 256)
+        file.write_bytes(damaged[: rng.integers(0, len(sound)) if rng.random() < 0.2 else None])
+        try:
+            found = SafetensorsFile(file)
+        except CheckpointError as e:
+            assert "\n" not in str(e)
+        else:
+            opened += 1
+            assert sum(found.read(name).nbytes for name in found.tensors) == 24
+    # Renaming a tensor is damage that no reader can see; almost everything else is caught.
+    assert opened < 200
+
+
 def test_every_dtype_has_a_size():
     assert set(DTYPE_BITS.values()) <= {4, 6, 8, 16, 32, 64}
