@@ -1,4 +1,7 @@
-"""Model layers whose matrix products go through `mlxq.ops`; on a GPU they are mlx's own with one call in between.
+"""Model layers whose matrix products go through `mlxq.ops`.
+
+On a GPU nothing is gained by going through `ops`, whose checks would cost as much as small kernels, so there each layer
+is `plain`: its superclass computes, unless `MLXQ_BACKEND` asks for a back end.
 
 They are subclasses of mlx's layers, so an architecture that asks `isinstance(m, nn.Linear)` or `"bias" in m` gets the
 answer it expects. They are made without mlx's constructors: those would draw random weights and quantize them.
@@ -6,13 +9,17 @@ answer it expects. They are made without mlx's constructors: those would draw ra
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map_with_path
 
 from mlxq import ops
 from mlxq.architectures.registry import import_private
+from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE
+from mlxq.runtime import attention
 from mlxq.types import QuantSpec, TensorInfo
 
 _switch = import_private("models.switch_layers")
@@ -22,7 +29,11 @@ _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
 class Linear(nn.Linear):
     """`y = x @ weight.T + bias`; x `[..., in_features]`, weight `[out_features, in_features]` in any float dtype."""
 
+    plain = False
+
     def __call__(self, x: mx.array) -> mx.array:
+        if self.plain:
+            return super().__call__(x)
         y = ops.matmul(x, self["weight"])
         return y + self["bias"] if "bias" in self else y
 
@@ -30,6 +41,7 @@ class Linear(nn.Linear):
 class Embedding(nn.Embedding):
     """Rows of `weight` `[num_embeddings, dims]`, in `compute_dtype` when that is set, else as stored."""
 
+    plain = False
     compute_dtype: mx.Dtype | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -38,19 +50,25 @@ class Embedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Tied output projection: x `[..., dims]` -> `[..., num_embeddings]`."""
-        return ops.matmul(x, self["weight"])
+        return super().as_linear(x) if self.plain else ops.matmul(x, self["weight"])
 
 
 class SwitchLinear(_switch.SwitchLinear):
     """One `[out_features, in_features]` matrix for each expert; the rows of x are sent to `indices`."""
 
+    plain = False
+
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if self.plain:
+            return super().__call__(x, indices, sorted_indices)
         y = ops.gather_matmul(x, self["weight"], indices, sorted_indices=sorted_indices)
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
 
 class _Quantized(nn.Module):
     """What the quantized layers share: packed `weight`, `scales`, `biases` and their grid."""
+
+    plain = False
 
     def _prepare(self, shape: tuple[int, ...], spec: QuantSpec, dtype: mx.Dtype) -> None:
         """Placeholders of the right shapes (lazy: nothing is allocated) for weights `[..., N, K]`."""
@@ -79,6 +97,8 @@ class QuantizedLinear(_Quantized, nn.QuantizedLinear):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.plain:
+            return super().__call__(x)
         y = self._matmul(x)
         return y + self["bias"] if "bias" in self else y
 
@@ -93,11 +113,13 @@ class QuantizedEmbedding(_Quantized, nn.QuantizedEmbedding):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
+        if self.plain:
+            return super().__call__(x)
         return ops.dequantize(self["weight"][x], self["scales"][x], self["biases"][x], **self._grid)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Tied output projection: x `[..., dims]` -> `[..., num_embeddings]`."""
-        return self._matmul(x)
+        return super().as_linear(x) if self.plain else self._matmul(x)
 
 
 class QuantizedSwitchLinear(_Quantized, _switch.QuantizedSwitchLinear):
@@ -112,6 +134,8 @@ class QuantizedSwitchLinear(_Quantized, _switch.QuantizedSwitchLinear):
         self.freeze()
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if self.plain:
+            return super().__call__(x, indices, sorted_indices)
         y = ops.gather_quantized_matmul(
             x, self["weight"], self["scales"], self["biases"], indices, sorted_indices=sorted_indices, **self._grid
         )
@@ -137,11 +161,17 @@ def install_layers(model: nn.Module, tensors: dict[str, TensorInfo]) -> None:
         model: a whole model made by `architectures.build_model`.
         tensors: parameter name -> `TensorInfo`, as in `ParameterMap.tensors`.
     """
-    from mlx.utils import tree_map_with_path
+    attention.install()
+    plain = not attention.on_cpu() and not os.environ.get(ENVIRONMENT_VARIABLE)
 
     def replace(path: str, layer: Any) -> Any:
         info = tensors.get(f"{path}.weight")
-        return layer if info is None or not isinstance(layer, nn.Module) else _replacement(layer, info)
+        if info is None or not isinstance(layer, nn.Module):
+            return layer
+        new = _replacement(layer, info)
+        if hasattr(type(new), "plain"):
+            new.plain = plain
+        return new
 
     leaves = tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module)
     model.update_modules(leaves)

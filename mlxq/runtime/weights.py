@@ -93,6 +93,11 @@ def release_parameters(module: nn.Module) -> None:
     module.load_weights(blank, strict=False)
 
 
+def matrix_size(parameter_map: ParameterMap) -> int:
+    """Number of weights in float matrices, which `widen` would store as float32."""
+    return sum(i.size for i in parameter_map.tensors.values() if i.spec is None and i.module in _MATRIX_KINDS)
+
+
 def _arrays(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, widen: bool) -> dict[str, mx.array]:
     if info.spec is not None:
         q = source.read_quantized(info.name)

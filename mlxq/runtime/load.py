@@ -1,0 +1,150 @@
+"""`load`: from a directory, a GGUF file or a Hub id to a `Model` that any thread can use."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from mlxq.api import public
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.checkpoint.source import open_checkpoint
+from mlxq.errors import GenerationError
+from mlxq.runtime import generate as _generate
+from mlxq.runtime.layers import install_layers
+from mlxq.runtime.tokenizer import Messages, encode_prompt, load_tokenizer
+from mlxq.runtime.weights import default_compute_dtype, load_parameters, matrix_size, on_accelerator
+from mlxq.types import CancelToken, ProgressCallback
+
+
+class Model:
+    """A loaded model.
+
+    Attributes:
+        module: the `mlx.nn.Module`, its parameters evaluated.
+        tokenizer: transformers' tokenizer.
+        config, generation_config: as in the source.
+        stop_tokens: ids that end a text: those of the tokenizer, of config.json and of generation_config.json.
+        context_length: tokens the model was made for, or None if it does not say.
+        nbytes: bytes of its parameters in memory.
+        path: where it was loaded from.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        tokenizer: Any,
+        config: dict[str, Any],
+        generation_config: dict[str, Any],
+        nbytes: int,
+        path: Path,
+    ):
+        self._module: nn.Module | None = module
+        self.tokenizer = tokenizer
+        self.config = config
+        self.generation_config = generation_config
+        self.nbytes = nbytes
+        self.path = path
+        text_config = config.get("text_config") or {}
+        self.stop_tokens = frozenset(
+            _ids(tokenizer.eos_token_id)
+            | _ids(config.get("eos_token_id"))
+            | _ids(text_config.get("eos_token_id"))
+            | _ids(generation_config.get("eos_token_id"))
+        )
+        length = config.get("max_position_embeddings") or text_config.get("max_position_embeddings")
+        self.context_length: int | None = length if isinstance(length, int) and length > 0 else None
+        self._lock = threading.Lock()
+
+    @property
+    def module(self) -> nn.Module:
+        if self._module is None:
+            raise GenerationError(f"the model {self.path} was closed: load it again")
+        return self._module
+
+    def encode(
+        self, prompt: str | Messages, *, system: str | None = None, chat_template: bool | None = None
+    ) -> list[int]:
+        """Token ids of a prompt, as `generate` passes them to the model."""
+        # The tokenizers library refuses to be used from two threads at once.
+        with self._lock:
+            return encode_prompt(self.tokenizer, prompt, system=system, chat_template=chat_template)
+
+    def generate(self, prompt: str | Messages, **options: Any) -> _generate.GenerationResult:
+        """`mlxq.generate` with this model."""
+        return _generate.generate(self, prompt, **options)
+
+    def stream(self, prompt: str | Messages, **options: Any) -> Iterator[_generate.TextChunk]:
+        """`mlxq.stream` with this model."""
+        return _generate.stream(self, prompt, **options)
+
+    def close(self) -> None:
+        """Let go of the parameters. A text being generated is finished first by those who read it."""
+        self._module = None
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"Model({str(self.path)!r}, {self.config.get('model_type')}, {self.nbytes / 1e6:.0f} MB)"
+
+
+@public
+def load(
+    source: str | Path,
+    *,
+    revision: str | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> Model:
+    """Load a model to run it.
+
+    Parameters are evaluated before this returns, so a model loaded in one thread works in all. On the CPU activations
+    are float32; on a GPU they have the model's own dtype (float16 for a GGUF).
+
+    Args:
+        source: a directory (float, or quantized by MLX), a `.gguf` file, or a Hub id `org/name`.
+        revision: branch, tag or commit of a Hub id.
+        progress: called with stages `download` and `load`.
+        cancel: checked before each tensor.
+
+    Raises:
+        CheckpointError: the source is missing, damaged, of an unknown architecture, or has no tokenizer.
+        Cancelled: through `cancel`.
+    """
+    with open_checkpoint(source, revision, progress) as checkpoint:
+        tokenizer = load_tokenizer(checkpoint)
+        parameter_map = ParameterMap(checkpoint)
+        module = parameter_map.model
+        install_layers(module, parameter_map.tensors)
+        nbytes = load_parameters(
+            module,
+            "",
+            parameter_map,
+            compute_dtype=default_compute_dtype(parameter_map),
+            widen=_should_widen(parameter_map),
+            progress=progress,
+            cancel=cancel,
+        )
+        return Model(module, tokenizer, checkpoint.config, checkpoint.generation_config, nbytes, Path(checkpoint.path))
+
+
+def _should_widen(parameter_map: ParameterMap) -> bool:
+    """Whether float matrices become float32: on the CPU, when they take less than a quarter of the memory so."""
+    if on_accelerator():
+        return False
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return 4 * matrix_size(parameter_map) <= memory // 4
+
+
+def _ids(value: Any) -> set[int]:
+    """Token ids given as one, as a list, or not at all."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return {v for v in values if isinstance(v, int) and not isinstance(v, bool)}
