@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.api import known_keywords
+from mlxq.api import public
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.source import open_checkpoint
@@ -44,7 +44,7 @@ class ConversionResult:
     notes: tuple[str, ...] = field(default=())
 
 
-@known_keywords
+@public
 def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,

@@ -10,6 +10,8 @@ import typer
 import mlxq
 from mlxq.cli import convert, generate, inspect
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="mlxq",
     help="Quantize language models for MLX and run them: one quantization, every runtime, proven.",
@@ -47,4 +49,7 @@ def run(arguments: list[str] | None = None) -> int:
         return e.exit_code
     except click.Abort:
         raise KeyboardInterrupt from None
+    if status == _INTERRUPTED:
+        # Typer turns Ctrl-C into this status and says nothing.
+        raise KeyboardInterrupt
     return status if isinstance(status, int) else 0

@@ -43,15 +43,24 @@ class ProgressBars:
         self._tasks: dict[str, Any] = {}
         self._began = time.monotonic()
         self._told: set[str] = set()
+        self._finished = False
 
     def __enter__(self) -> ProgressBars:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.finish()
+
+    def finish(self) -> None:
+        """Clear the bars and draw no more, because output begins."""
+        self._finished = True
         if self._bars is not None:
             self._bars.stop()
+            self._bars = None
 
     def __call__(self, event: Progress) -> None:
+        if self._finished:
+            return
         if not self._tasks and time.monotonic() - self._began < 1 and event.stage != "verify":
             return
         if not (sys.stderr and sys.stderr.isatty()):

@@ -23,6 +23,8 @@ def quantize(w: np.ndarray, spec: QuantSpec, dtype: str) -> QuantizedTensor:
     source_dtype = floats.dtype_of(w)
     if source_dtype != dtype:
         w = floats.from_float32(floats.to_float32(w, source_dtype), dtype)
+        if not floats.all_finite(w):
+            raise FormatError(f"the weights exceed the range of {dtype}; choose another dtype")
     w_q, scales, biases = ops.quantize(w, bits=spec.bits, group_size=spec.group_size)
     if not (floats.all_finite(scales) and floats.all_finite(biases)):
         raise FormatError(f"the weights exceed the range of {dtype} scales")
