@@ -1,0 +1,90 @@
+"""`mlxq generate`: run a model on a prompt and stream its answer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from mlxq.cli.options import Revision
+
+_SAMPLING = "Sampling"
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="An MLX directory, a float model directory, a GGUF file, or a Hub id.")],
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt; read from standard input without it, or with -.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate.")] = 256,
+    temperature: Annotated[
+        float,
+        typer.Option("--temperature", "-t", min=0, help="0 takes the likeliest token.", rich_help_panel=_SAMPLING),
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(min=0, max=1, help="Nucleus: least set of this probability.", rich_help_panel=_SAMPLING)
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Only the k likeliest tokens; 0 takes all.", rich_help_panel=_SAMPLING)
+    ] = 0,
+    min_p: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Drop tokens below this share of the likeliest one's.", rich_help_panel=_SAMPLING
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Makes sampling repeatable.", show_default=False, rich_help_panel=_SAMPLING)
+    ] = None,
+    no_chat_template: Annotated[
+        bool, typer.Option("--no-chat-template", help="Continue the prompt as plain text.")
+    ] = False,
+    revision: Revision = None,
+) -> None:
+    """Generate text. The answer goes to standard output, speed and memory to standard error."""
+    from mlxq.cli.render import ProgressBars, human_bytes
+    from mlxq.runtime.generate import stream
+    from mlxq.runtime.load import load
+
+    text = _read_prompt(prompt)
+    with ProgressBars() as bars, load(model, revision=revision, progress=bars) as loaded:
+        result = None
+        for piece in stream(
+            loaded,
+            text,
+            system=system,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            chat_template=not no_chat_template,
+            progress=bars,
+        ):
+            bars.finish()
+            sys.stdout.write(piece.text)
+            sys.stdout.flush()
+            result = piece.result or result
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if result is not None and sys.stderr:
+        print(
+            f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tokens_per_second:.1f} tokens/s\n"
+            f"Generation: {result.generation_tokens} tokens, {result.generation_tokens_per_second:.1f} tokens/s "
+            f"({result.finish_reason})\n"
+            f"Peak memory: {human_bytes(result.peak_memory)}",
+            file=sys.stderr,
+        )
+
+
+def _read_prompt(prompt: str | None) -> str:
+    from mlxq.errors import GenerationError
+
+    if prompt is not None and prompt != "-":
+        return prompt
+    if prompt is None and sys.stdin.isatty():
+        raise GenerationError("no prompt: pass --prompt TEXT, or text on standard input")
+    return sys.stdin.read().rstrip("\n")
