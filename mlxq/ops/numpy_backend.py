@@ -12,17 +12,25 @@ import numpy as np
 from mlxq.errors import FormatError
 from mlxq.formats import affine
 from mlxq.formats.floats import dtype_of, from_float32, to_float32
+from mlxq.formats.geometry import packed_words
 from mlxq.ops import planes
 
-#: Elements of a float weight that are widened to float32 at a time.
-_WIDEN_CHUNK = 1 << 18
+#: Weights worked on at a time, so that their float32 copy stays in the second-level cache.
+_CHUNK = 1 << 18
 
 
 def quantize(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    dtype = dtype_of(w)
-    scales, biases = affine.choose_qparams(w, bits, group_size)
-    w_q = affine.pack(affine.quantize(w, scales, biases, bits, group_size), bits)
-    return w_q, from_float32(scales, dtype), from_float32(biases, dtype)
+    dtype, K = dtype_of(w), w.shape[-1]
+    rows = w.reshape(-1, K)
+    w_q = np.empty((rows.shape[0], packed_words(K, bits)), np.uint32)
+    scales = np.empty((rows.shape[0], K // group_size), w.dtype)
+    biases = np.empty_like(scales)
+    for part in _row_parts(rows.shape[0], K):
+        values = to_float32(rows[part], dtype)
+        step, offset = affine.choose_qparams(values, bits, group_size)
+        w_q[part] = affine.pack(affine.quantize(values, step, offset, bits, group_size), bits)
+        scales[part], biases[part] = from_float32(step, dtype), from_float32(offset, dtype)
+    return tuple(a.reshape(*w.shape[:-1], a.shape[-1]) for a in (w_q, scales, biases))
 
 
 def dequantize(
@@ -87,9 +95,7 @@ def _matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     if dtype == "F32":
         return x @ w.T
     y = np.empty((x.shape[0], w.shape[0]), np.float32)
-    step = max(_WIDEN_CHUNK // max(w.shape[1], 1), 1)
-    for start in range(0, w.shape[0], step):
-        part = slice(start, start + step)
+    for part in _row_parts(*w.shape):
         y[:, part] = x @ to_float32(w[part], dtype).T
     return y
 
@@ -98,7 +104,7 @@ def _gather(
     x: np.ndarray, n_experts: int, N: int, rhs_indices: np.ndarray, multiply: Callable[[np.ndarray, int], np.ndarray]
 ) -> np.ndarray:
     """Send each `[M, K]` of x to its expert: float32 `[*batch, M, N]`, batch being x's axes broadcast with indices."""
-    if rhs_indices.size and not (0 <= rhs_indices.min() and rhs_indices.max() < n_experts):
+    if rhs_indices.size and not (rhs_indices.min() >= 0 and rhs_indices.max() < n_experts):
         raise FormatError(f"rhs_indices must be in 0..{n_experts - 1}, got {rhs_indices.min()}..{rhs_indices.max()}")
     M, K = x.shape[-2:]
     batch = np.broadcast_shapes(x.shape[:-2], rhs_indices.shape)
@@ -112,6 +118,11 @@ def _gather(
         rows = matrices[sources[targets]].reshape(-1, K)
         y[targets] = multiply(rows, int(expert)).reshape(-1, M, N)
     return y.reshape(*batch, M, N)
+
+
+def _row_parts(n_rows: int, K: int) -> list[slice]:
+    step = max(_CHUNK // max(K, 1), 1)
+    return [slice(start, start + step) for start in range(0, n_rows, step)]
 
 
 def _widened(a: np.ndarray) -> np.ndarray:

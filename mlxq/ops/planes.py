@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from math import gcd
 
 import numpy as np
@@ -51,7 +51,7 @@ class _Planes:
         return min(32 * self.n_codes, 512)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _planes(bits: int) -> _Planes:
     n_codes = 32 // gcd(32, bits)
     starts = [divmod(j * bits, 32) for j in range(n_codes)]

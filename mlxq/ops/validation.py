@@ -49,7 +49,7 @@ def check_packed(op: str, w_q: Any, scales: Any, biases: Any, bits: int, group_s
     K, expected = packed_width(w_q, bits), scales.shape[-1] * group_size if scales.ndim else 0
     if tuple(scales.shape) != tuple(biases.shape) or tuple(scales.shape[:-1]) != tuple(w_q.shape[:-1]):
         raise FormatError(f"{op}: w_q, scales and biases must agree in all axes but the last{params}")
-    if w_q.shape[-1] * 32 % bits or K != expected:
+    if w_q.shape[-1] * 32 % bits or expected != K:
         raise FormatError(
             f"{op}: the words of a row hold {w_q.shape[-1] * 32 / bits:g} codes, "
             f"but its scales are for {expected}{params}"
