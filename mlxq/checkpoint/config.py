@@ -124,7 +124,7 @@ def _add(config: dict[str, Any], key: str, value: Any) -> None:
         config[key] = value
 
 
-def refuse_quantized(config: dict[str, Any], where: Path) -> None:
+def refuse_quantized(config: dict[str, Any], where: object) -> None:
     """Refuse, by name, weights that another method has quantized.
 
     Raises:
@@ -135,8 +135,8 @@ def refuse_quantized(config: dict[str, Any], where: Path) -> None:
             settings = part.get(key)
             if settings:
                 raise CheckpointError(
-                    f"{where}: the weights are already quantized with {_method(settings)}, which cannot be read yet;"
-                    " start from the model's unquantized weights"
+                    f"{where} says that the weights are already quantized with {_method(settings)},"
+                    " which cannot be read yet; start from the model's unquantized weights"
                 )
 
 

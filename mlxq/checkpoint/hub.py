@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlxq.checkpoint.config import read_config, refuse_quantized
-from mlxq.checkpoint.huggingface import COMPANIONS, is_tokenizer
+from mlxq.checkpoint.config import read_config
+from mlxq.checkpoint.huggingface import COMPANIONS, is_tokenizer, refuse_quantized_directory
 from mlxq.checkpoint.shards import INDEX, explain_no_weights, find_weights, read_index
 from mlxq.errors import CheckpointError, MlxqError
 from mlxq.types import Progress, ProgressCallback
@@ -102,12 +102,12 @@ def _download(repo_id: str, revision: str | None, progress: ProgressCallback | N
     snapshot = Path(path).parent
     config = read_config(snapshot)
     if config.get("quantization") is None:
-        refuse_quantized(config, Path(label))
+        refuse_quantized_directory(snapshot, config, label)
     needed = _needed(snapshot, sizes)
     with _translated(label):
         total = sum(sizes[n] for n in needed if not (snapshot / n).exists())
         # The revision's own name, not the commit: the cache then remembers which commit it stands for.
-        snapshot_download(
+        found = snapshot_download(
             repo_id,
             revision=revision,
             allow_patterns=[n.replace("[", "[[]") for n in needed],
@@ -116,14 +116,14 @@ def _download(repo_id: str, revision: str | None, progress: ProgressCallback | N
         )
     if progress is not None:
         progress(Progress("download", total, total, "bytes", repo_id))
-    return snapshot
+    return Path(found)
 
 
 def _check_listing(label: str, names: dict[str, int]) -> None:
-    if "config.json" not in names:
-        raise CheckpointError(f"{label}: on the Hub, but has no config.json: {explain_no_weights(names)}")
     if INDEX not in names and not find_weights(names, label):
         raise CheckpointError(f"{label}: {explain_no_weights(names)}")
+    if "config.json" not in names:
+        raise CheckpointError(f"{label}: has weights on the Hub, but no config.json that describes them")
 
 
 def _needed(snapshot: Path, names: dict[str, int]) -> list[str]:

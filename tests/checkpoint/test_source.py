@@ -295,7 +295,13 @@ def test_pickled_weights_are_refused_before_they_are_fetched(fake_hub, tmp_path)
 
 def test_gguf_repositories_say_which_files_they_have(fake_hub):
     fake_hub.files = {"README.md": b"", "name-Q4_K_M.gguf": b""}
-    refuse("org/name", "no config.json", "name-Q4_K_M.gguf")
+    refuse("org/name", "GGUF", "name-Q4_K_M.gguf")
+    assert fake_hub.downloaded == []
+
+
+def test_weights_without_a_config(fake_hub):
+    fake_hub.files = {"model.safetensors": b"", "README.md": b""}
+    refuse("org/name", "no config.json")
     assert fake_hub.downloaded == []
 
 
@@ -303,6 +309,14 @@ def test_quantized_by_others_is_refused_before_the_weights_are_fetched(fake_hub,
     fake_hub.add(write_model(tmp_path / "m", quantization_config={"quant_method": "awq"}))
     refuse("org/name", "already quantized with awq")
     assert fake_hub.downloaded == ["config.json"]
+
+
+def test_model_optimizer_settings_are_read_before_the_weights_are_fetched(fake_hub, tmp_path):
+    model = write_model(tmp_path / "m")
+    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    fake_hub.add(model)
+    refuse("org/name", "hf_quant_config.json", "already quantized with FP8")
+    assert "model.safetensors" not in fake_hub.downloaded
 
 
 def test_index_that_names_a_shard_which_the_hub_lacks(fake_hub, tmp_path):
