@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import click
 import typer
 
 import mlxq
@@ -44,11 +43,14 @@ def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit status. Errors of mlxq pass through."""
     try:
         status = app(arguments, standalone_mode=False)
-    except click.ClickException as e:
-        e.show()
-        return e.exit_code
-    except click.Abort:
+    except typer.Abort:
         raise KeyboardInterrupt from None
+    except Exception as e:
+        # A usage error. Its class is click's own or typer's copy of it, by typer's version.
+        if not (hasattr(e, "show") and hasattr(e, "exit_code")):
+            raise
+        e.show()
+        return int(e.exit_code)
     if status == _INTERRUPTED:
         # Typer turns Ctrl-C into this status and says nothing.
         raise KeyboardInterrupt

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlxq.cli.options import Revision
+from mlxq.cli.options import MAX_TOKENS, Revision
 
 _SAMPLING = "Sampling"
 
@@ -18,7 +18,7 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="The prompt; read from standard input without it, or with -.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate.")] = 256,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate.")] = MAX_TOKENS,
     temperature: Annotated[
         float,
         typer.Option("--temperature", "-t", min=0, help="0 takes the likeliest token.", rich_help_panel=_SAMPLING),
@@ -61,7 +61,7 @@ def generate(
             top_k=top_k,
             min_p=min_p,
             seed=seed,
-            chat_template=not no_chat_template,
+            chat_template=False if no_chat_template else None,
             progress=bars,
         ):
             bars.finish()

@@ -12,3 +12,4 @@ Context = Annotated[int, typer.Option(min=1, help="Context length, in tokens, fo
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 DEFAULT_CONTEXT = 4096
+MAX_TOKENS = 512

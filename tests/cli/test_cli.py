@@ -1,0 +1,152 @@
+"""The command line as a person meets it: exit status, one line for each mistake, nothing on the wrong stream."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+
+def mlxq(*arguments, stdin="", **env):
+    code = "import sys; from mlxq.cli import main; sys.argv[0] = 'mlxq'; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"} | env,
+    )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return tiny.make_model(tmp_path_factory.mktemp("cli") / "source")
+
+
+@pytest.fixture(scope="module")
+def converted(source):
+    out = source.parent / "converted"
+    done = mlxq("convert", source, "-o", out, "--bits", 4)
+    assert done.returncode == 0, done.stderr
+    return out, done
+
+
+def test_help_and_version():
+    assert {w for w in ("convert", "generate", "inspect") if w in mlxq("--help").stdout} == {
+        "convert",
+        "generate",
+        "inspect",
+    }
+    assert mlxq("--version").stdout.startswith("mlxq 0.")
+    assert "--group-size" in mlxq("convert", "--help").stdout
+
+
+def test_convert_prints_totals_proof_and_place(converted):
+    out, done = converted
+    for words in ("6-bit group 64", "4-bit group 64", "bits per weight", "KL", str(out)):
+        assert words in done.stdout
+    assert (out / "mlxq.json").exists()
+
+
+def test_dry_run_prints_each_tensor_bytes_and_reason_and_writes_nothing(source):
+    done = mlxq("convert", source, "--dry-run", "--bits", 3, "--context", 100)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    row = next(line for line in lines if line.startswith("model.layers.1.self_attn.v_proj.weight"))
+    # 64 x 128 weights of 3 bits, and a 2-byte scale and bias for each 64 of them.
+    assert all(w in row for w in ("64 x 128", "BF16", "quantize 3-bit group 64", f"{64 * 128 * 3 // 8 + 64 * 2 * 4:,}"))
+    assert "100 tokens" in done.stdout
+    assert sorted(p.name for p in source.parent.iterdir() if "converted" not in p.name) == ["source"]
+
+
+def test_generate_streams_text_to_stdout_and_speed_to_stderr(converted):
+    out, _ = converted
+    done = mlxq("generate", out, "--prompt", "hello", "--max-tokens", 5, "--seed", 1)
+    assert done.returncode == 0, done.stderr
+    assert "tokens/s" in done.stderr
+    assert "tokens/s" not in done.stdout
+    again = mlxq("generate", out, "--max-tokens", 5, stdin="hello\n")
+    assert again.stdout == done.stdout
+    numpy = mlxq("generate", out, "--prompt", "hello", "--max-tokens", 5, MLXQ_BACKEND="numpy")
+    assert numpy.returncode == 0
+    assert numpy.stdout == done.stdout
+
+
+def test_sampling_is_repeatable_by_seed(converted):
+    out, _ = converted
+
+    def sample(seed):
+        return mlxq("generate", out, "-p", "hello", "-m", 20, "-t", 1.5, "--top-k", 50, "--seed", seed).stdout
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_inspect_text_and_json(converted, source):
+    out, _ = converted
+    done = mlxq("inspect", out, "--json", "--context", 1000)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["architecture"] == "llama"
+    text = mlxq("inspect", out).stdout
+    assert "llama" in text
+    assert "4-bit group 64" in text
+    assert mlxq("inspect", source).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["convert", "{source}"], ["--output"]),
+        (["convert", "{source}", "-o", "{out}", "--bits", "7"], ["7", "2, 3, 4, 5, 6, 8"]),
+        (["convert", "{source}", "-o", "{out}", "--keep", "nothing"], ["nothing"]),
+        (["convert", "./nowhere", "-o", "{out}"], ["nowhere"]),
+        (["convert", "org/model", "-o", "{out}"], ["org/model"]),
+        (["convert", "{source}", "-o", "/proc/x"], ["/proc"]),
+        (["generate", "./nowhere", "-p", "x"], ["nowhere"]),
+        (["generate", "{converted}", "-p", ""], ["prompt"]),
+        (["generate", "{converted}", "-p", "x" * 1000], ["512", "10"]),
+        (["inspect", "./nowhere"], ["nowhere"]),
+    ],
+)
+def test_mistakes_are_one_line_and_status_1(source, converted, tmp_path, arguments, words):
+    names = {"source": source, "out": tmp_path / "out", "converted": converted[0]}
+    done = mlxq(*[a.format(**names) for a in arguments])
+    assert done.returncode == 1, done.stderr
+    assert done.stdout == ""
+    assert done.stderr.startswith("mlxq: ")
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert all(w in done.stderr for w in words), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [["convrt"], ["convert", "--bitts", "4", "x"], ["convert"]])
+def test_typos_are_usage_errors_without_traceback(arguments):
+    done = mlxq(*arguments)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Usage" in done.stderr
+
+
+def test_unknown_backend_is_named(converted):
+    done = mlxq("generate", converted[0], "-p", "x", MLXQ_BACKEND="cuda")
+    assert done.returncode == 1
+    assert "cuda" in done.stderr
+    assert "numpy" in done.stderr
+
+
+def test_a_closed_pipe_is_quiet(source):
+    code = "import sys; from mlxq.cli import main; sys.argv[0] = 'mlxq'; main()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "convert", str(source), "--dry-run"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    message = process.stderr.read().decode()
+    process.wait(timeout=60)
+    assert "Traceback" not in message
