@@ -53,4 +53,9 @@ def matmul(x: mx.array, w: mx.array) -> mx.array:
 
 
 def gather_matmul(x: mx.array, w: mx.array, rhs_indices: mx.array, sorted_indices: bool) -> mx.array:
-    return mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=rhs_indices, sorted_indices=sorted_indices)
+    dtype = x.dtype if x.dtype == w.dtype else mx.float32
+    if mx.default_device() == mx.cpu:
+        # On the CPU mlx has this in float32 only.
+        x, w = x.astype(mx.float32), w.astype(mx.float32)
+    y = mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=rhs_indices, sorted_indices=sorted_indices)
+    return y.astype(dtype)
