@@ -1,0 +1,239 @@
+"""Block by block is the same computation: logits equal those of the whole model, for many architectures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.architectures.registry import build_model
+from mlxq.checkpoint.source import open_checkpoint
+from mlxq.runtime import blocks
+from mlxq.runtime.blocks import StreamedModel
+from mlxq.runtime.layers import install_layers
+from mlxq.runtime.weights import load_parameters
+
+BASE: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 101,
+    "rms_norm_eps": 1e-5,
+    "norm_epsilon": 1e-5,
+    "rope_theta": 10000.0,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+TIED = {"tie_word_embeddings": True}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "llama_tied": {"model_type": "llama", **TIED},
+    "llama_sliding": {
+        "model_type": "llama",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "sliding_window": 8,
+    },
+    "qwen2": TIED,
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 16.0, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"sliding_window": 8, "sliding_window_pattern": 2},
+    "phi3": {},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "olmo2": {},
+    "smollm3": {"no_rope_layer_interval": 2},
+    "granite": {
+        "logits_scaling": 4.0,
+        "attention_multiplier": 0.25,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_bias": False,
+        "mlp_bias": False,
+    },
+    "starcoder2": TIED,
+    "gpt2": {
+        "n_ctx": 64,
+        "n_embd": 64,
+        "n_head": 4,
+        "n_layer": 3,
+        "n_positions": 64,
+        "layer_norm_epsilon": 1e-5,
+    },
+    "cohere2": {"layer_norm_eps": 1e-5, "sliding_window": 8, "logit_scale": 0.25, "layer_norm_bias": False},
+    "gemma3": {
+        "text_config": {
+            **BASE,
+            "num_hidden_layers": 7,
+            "model_type": "gemma3_text",
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 16,
+        }
+    },
+}
+SEQUENCES = [[5, 17, 3, 99, 42, 8, 61, 7, 12, 90, 33, 2, 58], [9, 9, 1], [77, 20, 6, 4, 15, 31, 64]]
+
+
+def save(directory: Path, config: dict[str, Any], bits: int | None = None) -> Path:
+    """Random weights, in the names that a Hugging Face checkpoint has, or quantized in the model's own."""
+    mx.random.seed(3)
+    directory.mkdir()
+    model = build_model(config)
+    # Norms and biases start as ones and zeros: make every parameter matter.
+    noise = [(n, a + 0.1 * mx.random.normal(a.shape)) for n, a in tree_flatten(model.parameters())]
+    model.load_weights(noise)
+    if bits is not None:
+        nn.quantize(model, group_size=32, bits=bits)
+        config = {**config, "quantization": {"group_size": 32, "bits": bits}}
+    arrays = dict(tree_flatten(model.parameters()))
+    if bits is None:
+        arrays = _hugging_face_names(config["model_type"], arrays)
+    mx.save_safetensors(str(directory / "model.safetensors"), arrays, metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def _hugging_face_names(model_type: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    if model_type == "gpt2":
+        stored = {n.removeprefix("model."): a for n, a in arrays.items()}
+        linear = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+        return {n: mx.contiguous(a.T) if n.endswith(linear) else a for n, a in stored.items()}
+    if model_type == "mixtral":
+        letters = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+        out = {}
+        for name, a in arrays.items():
+            if "switch_mlp" not in name:
+                out[name] = a
+                continue
+            prefix, _, rest = name.partition("switch_mlp.")
+            for e in range(a.shape[0]):
+                out[f"{prefix}experts.{e}.{letters[rest.split('.')[0]]}.weight"] = a[e]
+        return out
+    return arrays
+
+
+def config_of(name: str) -> dict[str, Any]:
+    return {**BASE, "model_type": name, **CONFIGS[name]}
+
+
+def whole_logits(path: Path) -> np.ndarray:
+    """Every sequence on its own through the whole model."""
+    with open_checkpoint(path) as checkpoint:
+        parameter_map = ParameterMap(checkpoint)
+        model = parameter_map.model
+        install_layers(model, parameter_map.tensors)
+        load_parameters(model, "", parameter_map, compute_dtype=mx.float32)
+    return np.concatenate([np.array(model(mx.array([ids])).astype(mx.float32))[0] for ids in SEQUENCES])
+
+
+def assert_same(path: Path) -> StreamedModel:
+    expected = whole_logits(path)
+    with open_checkpoint(path) as checkpoint, StreamedModel(ParameterMap(checkpoint)) as streamed:
+        done: list[tuple[int, int]] = []
+        n = streamed.run(SEQUENCES, lambda *event: done.append(event))
+        assert n == len(expected) == sum(map(len, SEQUENCES))
+        rows = np.arange(n)
+        logits = np.concatenate([streamed.logits(part) for part in (rows[:10], rows[10:11], rows[11:])])
+        assert done == [(i + 1, streamed.n_blocks) for i in range(streamed.n_blocks)]
+        again = streamed.logits(rows[::-1])[::-1]
+    # The same float32 products over padded batches: sums of up to 128 terms may be ordered differently, some 1e-5 of
+    # the largest logit over four blocks. A block that is missed or run with another's weights changes it by its size.
+    tolerance = 1e-4 * np.abs(expected).max()
+    assert np.abs(logits - expected).max() < tolerance
+    assert np.abs(again - expected).max() < tolerance
+    return streamed
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_equal_the_whole_models(name: str, tmp_path: Path) -> None:
+    streamed = assert_same(save(tmp_path / "m", config_of(name)))
+    assert streamed.whole is None, streamed.whole
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied", "mixtral", "gemma2"])
+def test_quantized_and_with_numpy(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLXQ_BACKEND", "numpy")
+    streamed = assert_same(save(tmp_path / "m", config_of(name), bits=4))
+    assert streamed.whole is None
+
+
+def test_only_one_block_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every load finds the parameters of all other blocks released."""
+    held: set[str] = set()
+    most: list[set[str]] = []
+    load, release = blocks.load_parameters, blocks.release_parameters
+    names: dict[int, str] = {}
+
+    def loading(module: Any, prefix: str, *args: Any, **kwargs: Any) -> int:
+        names[id(module)] = prefix
+        held.add(prefix)
+        most.append(set(held))
+        return load(module, prefix, *args, **kwargs)
+
+    def releasing(module: Any) -> None:
+        held.discard(names[id(module)])
+        release(module)
+        for _, a in tree_flatten(module.parameters()):
+            assert not a.size or np.array(a).max() == 0, "a released parameter still has its values"
+
+    monkeypatch.setattr(blocks, "load_parameters", loading)
+    monkeypatch.setattr(blocks, "release_parameters", releasing)
+    path = save(tmp_path / "m", config_of("llama"))
+    with open_checkpoint(path) as checkpoint, StreamedModel(ParameterMap(checkpoint)) as streamed:
+        streamed.run(SEQUENCES)
+        assert held == set(), "nothing is held between trunk and head"
+        streamed.logits(np.arange(3))
+        assert held == {"lm_head"}, "the head needs no embedding"
+    assert not held
+    assert all(sum(".layers." in n for n in s) <= 1 for s in most)
+    assert max(len(s) for s in most) == 2, "a block and the embedding, or norm and embedding"
+    assert {n for s in most for n in s} >= {f"model.layers.{i}" for i in range(4)}
+
+
+def test_a_model_without_a_trunk_is_run_whole_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "m", config_of("llama"))
+
+    def unfit(model: nn.Module) -> str:
+        raise blocks._NotStreamable("it has no list of blocks")
+
+    monkeypatch.setattr(blocks, "_path_of_blocks", unfit)
+    assert assert_same(path).whole == "it has no list of blocks"
+
+
+def test_shared_modules_are_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path / "m", config_of("llama"))
+
+    def shared(config: dict[str, Any]) -> Any:
+        model = build_model(config)
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        return model
+
+    with open_checkpoint(path) as checkpoint:
+        parameter_map = ParameterMap(checkpoint)
+        monkeypatch.setattr(blocks, "build_model", shared)
+        assert "share" in (StreamedModel(parameter_map).whole or "")
+
+
+def test_the_maps_own_model_is_left_alone(tmp_path: Path) -> None:
+    with open_checkpoint(save(tmp_path / "m", config_of("llama"))) as checkpoint:
+        parameter_map = ParameterMap(checkpoint)
+        before = [type(b) for b in parameter_map.model.layers]
+        with StreamedModel(parameter_map) as streamed:
+            streamed.run(SEQUENCES)
+        assert [type(b) for b in parameter_map.model.layers] == before
+
+
+def test_logits_before_run_are_refused(tmp_path: Path) -> None:
+    with open_checkpoint(save(tmp_path / "m", config_of("llama"))) as checkpoint:
+        streamed = StreamedModel(ParameterMap(checkpoint))
+        with pytest.raises(ValueError, match="before"):
+            streamed.logits(np.arange(1))
