@@ -12,6 +12,7 @@ from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import normalize
 from mlxq.checkpoint.gguf_file import GgufFile, GgufTensor
 from mlxq.checkpoint.gguf_names import MappedTensor, architecture, map_name
+from mlxq.checkpoint.gguf_tokenizer import build_tokenizer_files
 from mlxq.errors import CheckpointError, FormatError
 from mlxq.formats import ggml
 from mlxq.formats.floats import from_float32, storage_dtype
@@ -180,7 +181,7 @@ class GgufCheckpoint(Checkpoint):
         return data.reshape(last - first, step)[order - first].reshape(-1, width)
 
     def companion_files(self) -> dict[str, Path | bytes]:
-        return {}
+        return dict(build_tokenizer_files(self.metadata, self.config["vocab_size"]))
 
     def files(self) -> list[Path]:
         return [self.path]

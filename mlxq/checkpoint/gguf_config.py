@@ -35,7 +35,7 @@ END_TEXTS = frozenset(
         "<｜end▁of▁sentence｜>",
     }
 )
-_CONTROL = 3
+CONTROL = 3
 #: Context lengths that models were trained at before their rotary frequencies were rescaled.
 _TRAINED_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
 
@@ -149,7 +149,7 @@ def build_generation_config(metadata: Metadata, vocab_size: int) -> dict[str, An
     tokens = metadata.values.get("tokenizer.ggml.tokens")
     types = metadata.values.get("tokenizer.ggml.token_type")
     if isinstance(tokens, list) and isinstance(types, np.ndarray) and len(types) == len(tokens):
-        ends += [int(i) for i in np.flatnonzero(types == _CONTROL) if tokens[i] in END_TEXTS]
+        ends += [int(i) for i in np.flatnonzero(types == CONTROL) if tokens[i] in END_TEXTS]
     unique = list(dict.fromkeys(i for i in ends if i is not None))
     config: dict[str, Any] = {}
     bos, pad = metadata.token_id("bos", vocab_size), metadata.token_id("padding", vocab_size)
