@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import statistics
 import subprocess
@@ -18,18 +19,24 @@ class Run:
 
 
 def run(command: list[str]) -> Run:
-    """Wall time and peak resident memory of one process (`ru_maxrss` as the kernel counted it)."""
+    """Wall time and peak resident memory of one process (`ru_maxrss` as the kernel counted it).
+
+    A process starts with its parent's peak, so a small one stands between this program and the command.
+    """
+    done = subprocess.run([sys.executable, __file__, *command], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {done.stderr[-2000:]}")
+    return Run(*json.loads(done.stdout))
+
+
+def _run_here(command: list[str]) -> int:
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    text = process.stderr.read()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
     seconds = time.perf_counter() - began
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command)} failed: {text.decode()[-2000:]}")
     unit = 1 if sys.platform == "darwin" else 1024
-    return Run(seconds, usage.ru_maxrss * unit / 1e6)
+    print(json.dumps([seconds, usage.ru_maxrss * unit / 1e6]))
+    return os.waitstatus_to_exitcode(status)
 
 
 def compare(commands: dict[str, Callable[[], list[str]]], runs: int) -> dict[str, list[Run]]:
@@ -50,3 +57,7 @@ def median(values: list[float]) -> float:
 def spread(values: list[float]) -> str:
     """`median (min - max)`."""
     return f"{median(values):.2f} ({min(values):.2f} - {max(values):.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(_run_here(sys.argv[1:]))
