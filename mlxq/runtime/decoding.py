@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -48,8 +47,8 @@ class Finished:
 
 
 def decode(
-    module: nn.Module, request: Request, stop: threading.Event, cancel: CancelToken | None
-) -> Iterator[Progress | int | Finished]:
+    module: nn.Module, request: Request, cancel: CancelToken | None = None
+) -> Generator[Progress | int | Finished, None, None]:
     """Yield `Progress` of the prompt, then token ids (the stop token is not one of them), then `Finished`.
 
     On a GPU the next token is computed while the caller looks at the current one.
@@ -59,7 +58,7 @@ def decode(
     """
 
     def cancelled() -> bool:
-        return stop.is_set() or (cancel is not None and cancel.cancelled)
+        return cancel is not None and cancel.cancelled
 
     sampler = make_sampler(
         temperature=request.temperature,
@@ -90,7 +89,9 @@ def decode(
     for count in range(1, request.max_tokens + 1):
         following = step(pending[0]) if on_accelerator() and count < request.max_tokens else None
         token, sound = pending[0].item(), pending[1].item()
-        first = first or time.perf_counter()
+        if count == 1:
+            first = time.perf_counter()
+            yield Progress("prompt", len(request.prompt), len(request.prompt), "tokens")
         if not sound:
             raise GenerationError(f"the model's logits are not finite after {len(request.prompt) + count - 1} tokens")
         if token in request.stop_tokens:

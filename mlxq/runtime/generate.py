@@ -178,7 +178,7 @@ def _chunks(
     ids: list[int] = []
     text: list[str] = []
     waiting: list[int] = []
-    items = iterate(lambda stop: decode(module, request, stop, cancel))
+    items = iterate(decode(module, request, cancel))
     try:
         for item in items:
             if isinstance(item, Progress):

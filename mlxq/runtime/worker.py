@@ -1,99 +1,118 @@
 """The one thread that computes: mlx's streams belong to threads, so all generation runs on the same one, in turn.
 
-Callers see an ordinary iterator; items reach it through a bounded queue. Leaving the iterator (an exception, Ctrl-C,
-`close`, garbage collection) asks the work to stop before its next item.
+Callers see an ordinary iterator. The worker computes a few items ahead of each, oldest caller first, and goes on with
+the next caller's while one is not asked for more; so iterators may be open side by side and in any threads. Leaving
+one (an exception, Ctrl-C, `close`, garbage collection) ends its work before the next item.
 """
 
 from __future__ import annotations
 
 import atexit
-import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from collections import deque
+from collections.abc import Generator, Iterator
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-#: Items computed ahead of the caller.
+#: Items computed ahead of a caller.
 _AHEAD = 16
-#: Seconds between looks at whether the caller has left, while the queue is full.
-_POLL = 0.05
 
-_lock = threading.Lock()
-_jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+
+class _Job(Generic[T]):
+    """Work in progress. All attributes are read and changed under `_changed`, except `work`, which is the worker's."""
+
+    def __init__(self, work: Generator[T, None, None]):
+        self.work = work
+        self.items: deque[T] = deque()
+        self.ended = self.abandoned = False
+        self.error: BaseException | None = None
+
+    def runnable(self) -> bool:
+        return self.abandoned or len(self.items) < _AHEAD
+
+
+_changed = threading.Condition()
+_jobs: list[_Job] = []
 _thread: threading.Thread | None = None
-_exiting = threading.Event()
+_exiting = False
 
 
-class _End:
-    """Last thing in a job's queue: why it ended."""
+def iterate(work: Generator[T, None, None]) -> Iterator[T]:
+    """Run a generator on the worker thread and yield its items here. Its exceptions are raised here.
 
-    def __init__(self, error: BaseException | None = None):
-        self.error = error
-
-
-def iterate(work: Callable[[threading.Event], Iterator[T]]) -> Iterator[T]:
-    """Run `work(stop)` on the worker thread and yield its items here.
-
-    Nothing runs before the first item is asked for. `work` must look at `stop` before each item. Its exceptions are
-    raised here. Work waits its turn behind the work of others.
+    Nothing runs before the first item is asked for.
     """
-    items: queue.Queue[Any] = queue.Queue(maxsize=_AHEAD)
-    stop = threading.Event()
-    _submit(lambda: _run(work, items, stop))
+    job = _Job(work)
+    _submit(job)
     try:
         while True:
-            item = items.get()
-            if isinstance(item, _End):
-                if item.error is not None:
-                    raise item.error
-                return
+            with _changed:
+                _changed.wait_for(lambda: job.items or job.ended)
+                if not job.items:
+                    break
+                item = job.items.popleft()
+                _changed.notify_all()
             yield item
+        if job.error is not None:
+            raise job.error
     finally:
-        stop.set()
+        with _changed:
+            job.abandoned = True
+            _changed.notify_all()
 
 
-def _run(work: Callable[[threading.Event], Iterator[Any]], items: queue.Queue[Any], stop: threading.Event) -> None:
-    def put(item: Any) -> bool:
-        while not (stop.is_set() or _exiting.is_set()):
-            try:
-                items.put(item, timeout=_POLL)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    error = None
-    try:
-        for item in () if stop.is_set() else work(stop):
-            if not put(item):
-                return
-    except BaseException as e:
-        error = e
-    put(_End(error))
-
-
-def _submit(job: Callable[[], None]) -> None:
+def _submit(job: _Job) -> None:
     global _thread
-    with _lock:
+    with _changed:
         if _thread is None or not _thread.is_alive():
             if _thread is None:
                 atexit.register(_finish)
             _thread = threading.Thread(target=_loop, name="mlxq-worker", daemon=True)
             _thread.start()
-    _jobs.put(job)
+        _jobs.append(job)
+        _changed.notify_all()
 
 
 def _loop() -> None:
-    while (job := _jobs.get()) is not None:
-        job()
-        # Do not keep the last job's model alive while waiting for the next one.
+    while (job := _next_job()) is not None:
+        _advance(job)
+        # A finished job's model must not stay alive while this thread waits.
         del job
+
+
+def _next_job() -> _Job | None:
+    with _changed:
+        _changed.wait_for(lambda: _exiting or any(job.runnable() for job in _jobs))
+        return None if _exiting else next(job for job in _jobs if job.runnable())
+
+
+def _advance(job: _Job) -> None:
+    """Compute one item of a job, or end it."""
+    items, ended, error = [], True, None
+    try:
+        if job.abandoned:
+            job.work.close()
+        else:
+            items.append(next(job.work))
+            ended = False
+    except StopIteration:
+        pass
+    except BaseException as e:
+        error = e
+    with _changed:
+        job.items.extend(items)
+        if ended:
+            job.ended, job.error = True, error
+            _jobs.remove(job)
+        _changed.notify_all()
 
 
 def _finish() -> None:
     """At exit the thread must not be inside mlx while the interpreter goes away."""
-    _exiting.set()
-    _jobs.put(None)
+    global _exiting
+    with _changed:
+        _exiting = True
+        _changed.notify_all()
     if _thread is not None:
         _thread.join(timeout=10)
