@@ -98,7 +98,7 @@ def quantized_matmul(
     N, K = w_q.shape[0], validation.packed_width(w_q, bits)
     validation.check_product(op, x, K if transpose else N, params)
     kind = kind_of(op, "x", x)
-    call = Call(op, device_of(kind), dtype_name(x), rows=x.size // x.shape[-1], weights=N * K, bits=bits)
+    call = Call(op, device_of(kind), dtype_name(x), rows=x.size // x.shape[-1])
     run, run_kind = _backend(call, backend)
     arrays = [to_kind(a, run_kind) for a in (x, w_q, scales, biases)]
     return to_kind(run.quantized_matmul(*arrays, transpose, bits, group_size), kind)
@@ -138,7 +138,7 @@ def gather_quantized_matmul(
     validation.check_product(op, x, K if transpose else N, params)
     validation.check_experts(op, x, rhs_indices, params)
     kind = kind_of(op, "x", x)
-    call = Call(op, device_of(kind), dtype_name(x), rows=_gathered_rows(x, rhs_indices), weights=N * K, bits=bits)
+    call = Call(op, device_of(kind), dtype_name(x), rows=_gathered_rows(x, rhs_indices))
     run, run_kind = _backend(call, backend)
     arrays = [to_kind(a, run_kind) for a in (x, w_q, scales, biases)]
     indices = indices_to_kind(rhs_indices, run_kind)
@@ -160,7 +160,7 @@ def matmul(x: Any, w: Any, *, backend: str | None = None) -> Any:
     validation.check_matrix(op, w, 2, "[N, K]")
     validation.check_product(op, x, w.shape[1], f", w.shape == {tuple(w.shape)}")
     kind = kind_of(op, "x", x)
-    call = Call(op, device_of(kind), dtype_name(x), rows=x.size // x.shape[-1], weights=w.size)
+    call = Call(op, device_of(kind), dtype_name(x), rows=x.size // x.shape[-1])
     run, run_kind = _backend(call, backend)
     return to_kind(run.matmul(to_kind(x, run_kind), to_kind(w, run_kind)), kind)
 
@@ -173,9 +173,7 @@ def gather_matmul(x: Any, w: Any, rhs_indices: Any, *, sorted_indices: bool = Fa
     validation.check_product(op, x, w.shape[2], params)
     validation.check_experts(op, x, rhs_indices, params)
     kind = kind_of(op, "x", x)
-    call = Call(
-        op, device_of(kind), dtype_name(x), rows=_gathered_rows(x, rhs_indices), weights=w.shape[1] * w.shape[2]
-    )
+    call = Call(op, device_of(kind), dtype_name(x), rows=_gathered_rows(x, rhs_indices))
     run, run_kind = _backend(call, backend)
     indices = indices_to_kind(rhs_indices, run_kind)
     return to_kind(run.gather_matmul(to_kind(x, run_kind), to_kind(w, run_kind), indices, sorted_indices), kind)

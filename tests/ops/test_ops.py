@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import mlx.core as mx
 import numpy as np
@@ -11,12 +12,16 @@ from mlxq import ops
 from mlxq.errors import BackendError, FormatError
 from mlxq.formats.floats import from_float32, to_float32
 from mlxq.formats.geometry import AFFINE_BITS, AFFINE_GROUP_SIZES
+from mlxq.ops import mlx_backend
 from mlxq.ops.arrays import dtype_name, to_mlx, to_numpy
 
 DTYPES = ("F32", "F16", "BF16")
 BACKENDS = ("numpy", "mlx")
 #: Unit roundoff of each dtype.
 ROUNDOFF = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+
+#: Products of packed weights are computed in float32 on the CPU; Metal rounds decoded weights to the dtype of x.
+MLX_COMPUTES_IN = "F32" if mx.default_device() == mx.cpu else None
 
 
 def normal(shape, seed, dtype="F32", scale=1.0) -> np.ndarray:
@@ -65,7 +70,7 @@ def test_quantized_matmul_pair(dtype, group_size, bits, transpose):
     for M in (1, 5, 16, 17):
         x = normal((M, inner), M, dtype)
         y, magnitude = exact(x, *w, **grid, transpose=transpose)
-        for backend, compute in (("numpy", "F32"), ("mlx", dtype)):
+        for backend, compute in (("numpy", "F32"), ("mlx", MLX_COMPUTES_IN or dtype)):
             got = ops.quantized_matmul(x, *w, **grid, transpose=transpose, backend=backend)
             assert dtype_name(got) == dtype
             assert got.shape == y.shape
@@ -188,13 +193,42 @@ def test_gathered_products_go_to_their_experts(backend, dtype, batch, index_shap
     full = np.broadcast_shapes(batch, index_shape)
     assert y.shape == z.shape == (*full, M, N)
     x_full, i_full = np.broadcast_to(x, (*full, M, K)), np.broadcast_to(indices, full)
-    compute = "F32" if backend != "mlx" else dtype
+    compute = "F32" if backend != "mlx" else MLX_COMPUTES_IN or dtype
     for at in np.ndindex(full):
         e = i_full[at]
         product, magnitude = exact(x_full[at], w_q[e], scales[e], biases[e], 4, 32)
         assert (np.abs(values(y[at]) - product) <= bound(product, magnitude, K, dtype, compute)).all()
         product, magnitude = values(x_full[at]) @ values(w[e]).T, np.abs(values(x_full[at])) @ np.abs(values(w[e])).T
         assert (np.abs(values(z[at]) - product) <= bound(product, magnitude, K, dtype, compute)).all()
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [3, 4])
+def test_splitting_one_row_over_streams_changes_no_bit(monkeypatch, bits, dtype):
+    w_q, scales, biases = map(to_mlx, packed((131, 256), bits, 64, dtype))
+    x = to_mlx(normal((1, 1, 256), 2, dtype))
+    whole = values(ops.quantized_matmul(x, w_q, scales, biases, bits=bits, group_size=64, backend="mlx"))
+    monkeypatch.setattr(mlx_backend, "_STREAM_WEIGHTS", 1 << 10)
+    monkeypatch.setattr(mlx_backend, "_cpus", lambda: 3)
+    split = mlx_backend._split_over_streams
+    parts = []
+    monkeypatch.setattr(mlx_backend, "_split_over_streams", lambda *a: parts.append(a[2]) or split(*a))
+
+    def again() -> np.ndarray:
+        y = values(ops.quantized_matmul(x, w_q, scales, biases, bits=bits, group_size=64, backend="mlx"))
+        mx.synchronize()
+        return y
+
+    def on_its_thread() -> np.ndarray:
+        y = again()
+        mx.clear_streams()
+        return y
+
+    with ThreadPoolExecutor(1) as thread:
+        assert np.array_equal(thread.submit(on_its_thread).result(), whole)
+    assert np.array_equal(again(), whole)
+    assert parts == [3, 3]
 
 
 def test_gathered_products_without_transpose_equal_mlx():
