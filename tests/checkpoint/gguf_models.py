@@ -124,3 +124,25 @@ def write_llama(
         add_tensor(writer, name, w)
     finish(writer)
     return path
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's printable stand-in for each byte, by byte."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+
+
+def add_byte_tokenizer(writer: gguf.GGUFWriter, pre: str = "gpt-2", merges: list[str] | None = None) -> int:
+    """A byte-level vocabulary: bytes, the merges' results, then a word that no merge makes, begin, end, a user mark."""
+    merges = merges or ["a b"]
+    tokens = byte_alphabet() + list(dict.fromkeys(m.replace(" ", "") for m in merges))
+    n = len(tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list([*tokens, "unreachable", "<|begin of text|>", "<|end of text|>", "<|user mark|>"])
+    writer.add_token_types([1] * n + [1, 3, 3, 4])
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(n + 1)
+    writer.add_eos_token_id(n + 2)
+    return n + 4

