@@ -11,11 +11,12 @@ end that is unknown or not installed.
 from __future__ import annotations
 
 import importlib
+from functools import cache
 from types import ModuleType
 from typing import Any
 
 from mlxq.ops import validation
-from mlxq.ops.arrays import Kind, dtype_name, import_mlx, indices_to_kind, kind_of, to_kind
+from mlxq.ops.arrays import Kind, describe, import_mlx, indices_to_kind, to_kind
 from mlxq.ops.dispatch import Call, choose, device_of
 
 __all__ = ["dequantize", "gather_matmul", "gather_quantized_matmul", "matmul", "quantize", "quantized_matmul"]
@@ -33,10 +34,10 @@ def quantize(w: Any, *, bits: int, group_size: int, mode: str = "affine", backen
     Returns:
         `w_q` uint32 `[..., N, K * bits // 32]`; `scales`, `biases` `[..., N, K // group_size]` in the dtype of `w`.
     """
-    kind = kind_of("quantize", "w", w)
-    validation.check_weights("quantize", w, bits, group_size, mode)
-    run, run_kind = _backend(Call("quantize", device_of(kind), dtype_name(w)), backend)
-    return tuple(to_kind(a, kind) for a in run.quantize(to_kind(w, run_kind), bits, group_size))
+    described = describe("quantize", "w", w)
+    validation.quantize(described, bits, group_size, mode)
+    run, kind = _backend("quantize", described.kind, 0, backend)
+    return tuple(to_kind(a, described.kind) for a in run.quantize(to_kind(w, kind), bits, group_size))
 
 
 def dequantize(
@@ -61,12 +62,12 @@ def dequantize(
         `[..., N, K]`.
     """
     op = "dequantize"
-    validation.check_packed(op, w_q, scales, biases, bits, group_size, mode)
-    validation.check_dtype(op, dtype)
-    kind = kind_of(op, "w_q", w_q)
-    run, run_kind = _backend(Call(op, device_of(kind), dtype_name(scales)), backend)
-    packed = [to_kind(a, run_kind) for a in (w_q, scales, biases)]
-    return to_kind(run.dequantize(*packed, bits, group_size, dtype), kind)
+    described = [describe(op, name, a) for name, a in (("w_q", w_q), ("scales", scales), ("biases", biases))]
+    validation.dequantize(*described, bits, group_size, mode, dtype)
+    own = described[0].kind
+    run, kind = _backend(op, own, 0, backend)
+    packed = [to_kind(a, kind) for a in (w_q, scales, biases)]
+    return to_kind(run.dequantize(*packed, bits, group_size, dtype), own)
 
 
 def quantized_matmul(
@@ -92,16 +93,13 @@ def quantized_matmul(
         `[..., N]` (`[..., K]`), in the dtype of x and scales when they are the same, else float32.
     """
     op = "quantized_matmul"
-    validation.check_packed(op, w_q, scales, biases, bits, group_size, mode)
-    params = validation.packed_params(w_q, scales, bits, group_size, transpose)
-    validation.check_axes(op, "w_q", w_q, 2, "[N, K * bits // 32]", params)
-    N, K = w_q.shape[0], validation.packed_width(w_q, bits)
-    validation.check_product(op, x, K if transpose else N, params)
-    kind = kind_of(op, "x", x)
-    call = Call(op, device_of(kind), dtype_name(x), rows=x.size // x.shape[-1])
-    run, run_kind = _backend(call, backend)
-    arrays = [to_kind(a, run_kind) for a in (x, w_q, scales, biases)]
-    return to_kind(run.quantized_matmul(*arrays, transpose, bits, group_size), kind)
+    named = (("x", x), ("w_q", w_q), ("scales", scales), ("biases", biases))
+    described = [describe(op, name, a) for name, a in named]
+    rows = validation.quantized_matmul(*described, transpose, bits, group_size, mode)
+    own = described[0].kind
+    run, kind = _backend(op, own, rows, backend)
+    arrays = [to_kind(a, kind) for _, a in named]
+    return to_kind(run.quantized_matmul(*arrays, transpose, bits, group_size), own)
 
 
 def gather_quantized_matmul(
@@ -131,19 +129,14 @@ def gather_quantized_matmul(
         `[*(batch broadcast with rhs_indices), M, N]` (`[..., M, K]`), dtype as in `quantized_matmul`.
     """
     op = "gather_quantized_matmul"
-    validation.check_packed(op, w_q, scales, biases, bits, group_size, mode)
-    params = validation.packed_params(w_q, scales, bits, group_size, transpose)
-    validation.check_axes(op, "w_q", w_q, 3, "[experts, N, K * bits // 32]", params)
-    N, K = w_q.shape[1], validation.packed_width(w_q, bits)
-    validation.check_product(op, x, K if transpose else N, params)
-    validation.check_experts(op, x, rhs_indices, params)
-    kind = kind_of(op, "x", x)
-    call = Call(op, device_of(kind), dtype_name(x), rows=_gathered_rows(x, rhs_indices))
-    run, run_kind = _backend(call, backend)
-    arrays = [to_kind(a, run_kind) for a in (x, w_q, scales, biases)]
-    indices = indices_to_kind(rhs_indices, run_kind)
-    y = run.gather_quantized_matmul(*arrays, indices, transpose, bits, group_size, sorted_indices)
-    return to_kind(y, kind)
+    named = (("x", x), ("w_q", w_q), ("scales", scales), ("biases", biases))
+    described = [describe(op, name, a) for name, a in (*named, ("rhs_indices", rhs_indices))]
+    rows = validation.gather_quantized_matmul(*described, transpose, bits, group_size, mode)
+    own = described[0].kind
+    run, kind = _backend(op, own, rows, backend)
+    arrays = [to_kind(a, kind) for _, a in named]
+    indices = indices_to_kind(rhs_indices, kind)
+    return to_kind(run.gather_quantized_matmul(*arrays, indices, transpose, bits, group_size, sorted_indices), own)
 
 
 def matmul(x: Any, w: Any, *, backend: str | None = None) -> Any:
@@ -156,36 +149,31 @@ def matmul(x: Any, w: Any, *, backend: str | None = None) -> Any:
     Returns:
         `[..., N]`, in the dtype of x and w when they are the same, else float32.
     """
-    op = "matmul"
-    validation.check_matrix(op, w, 2, "[N, K]")
-    validation.check_product(op, x, w.shape[1], f", w.shape == {tuple(w.shape)}")
-    kind = kind_of(op, "x", x)
-    call = Call(op, device_of(kind), dtype_name(x), rows=x.size // x.shape[-1])
-    run, run_kind = _backend(call, backend)
-    return to_kind(run.matmul(to_kind(x, run_kind), to_kind(w, run_kind)), kind)
+    described = describe("matmul", "x", x)
+    rows = validation.matmul(described, describe("matmul", "w", w))
+    run, kind = _backend("matmul", described.kind, rows, backend)
+    return to_kind(run.matmul(to_kind(x, kind), to_kind(w, kind)), described.kind)
 
 
 def gather_matmul(x: Any, w: Any, rhs_indices: Any, *, sorted_indices: bool = False, backend: str | None = None) -> Any:
     """`matmul` with chosen matrices of a stack `w` `[experts, N, K]`; the rest as in `gather_quantized_matmul`."""
     op = "gather_matmul"
-    validation.check_matrix(op, w, 3, "[experts, N, K]")
-    params = f", w.shape == {tuple(w.shape)}"
-    validation.check_product(op, x, w.shape[2], params)
-    validation.check_experts(op, x, rhs_indices, params)
-    kind = kind_of(op, "x", x)
-    call = Call(op, device_of(kind), dtype_name(x), rows=_gathered_rows(x, rhs_indices))
-    run, run_kind = _backend(call, backend)
-    indices = indices_to_kind(rhs_indices, run_kind)
-    return to_kind(run.gather_matmul(to_kind(x, run_kind), to_kind(w, run_kind), indices, sorted_indices), kind)
+    named = (("x", x), ("w", w), ("rhs_indices", rhs_indices))
+    described = [describe(op, name, a) for name, a in named]
+    own = described[0].kind
+    run, kind = _backend(op, own, validation.gather_matmul(*described), backend)
+    indices = indices_to_kind(rhs_indices, kind)
+    return to_kind(run.gather_matmul(to_kind(x, kind), to_kind(w, kind), indices, sorted_indices), own)
 
 
-def _backend(call: Call, backend: str | None) -> tuple[ModuleType, Kind]:
+def _backend(op: str, own: Kind, rows: int, backend: str | None) -> tuple[ModuleType, Kind]:
     """The module that computes a call, and the kind of arrays it takes."""
-    name = choose(call, backend)
+    name = choose(Call(op, device_of(own), rows), backend)
+    return _module(name), name
+
+
+@cache
+def _module(name: str) -> ModuleType:
     if name == "mlx":
         import_mlx()
-    return importlib.import_module(f"mlxq.ops.{name}_backend"), name
-
-
-def _gathered_rows(x: Any, rhs_indices: Any) -> int:
-    return max(x.size // x.shape[-1], x.shape[-2] * rhs_indices.size)
+    return importlib.import_module(f"mlxq.ops.{name}_backend")

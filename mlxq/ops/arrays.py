@@ -5,8 +5,9 @@ bfloat16 is a uint16 array of its bits in NumPy and a dtype of its own in mlx. m
 
 from __future__ import annotations
 
+from functools import cache
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,15 @@ from mlxq.errors import BackendError, FormatError
 
 Kind = Literal["numpy", "mlx"]
 
-_NUMPY_NAMES = {"float32": "F32", "float16": "F16", "uint16": "BF16"}
-_MLX_NAMES = {"mlx.core.float32": "F32", "mlx.core.float16": "F16", "mlx.core.bfloat16": "BF16"}
+#: The float dtypes of NumPy and of mlx, as their names read.
+_FLOAT_NAMES = {
+    "float32": "F32",
+    "float16": "F16",
+    "uint16": "BF16",
+    "mlx.core.float32": "F32",
+    "mlx.core.float16": "F16",
+    "mlx.core.bfloat16": "BF16",
+}
 _MLX_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -32,25 +40,46 @@ def import_mlx() -> ModuleType:
     return mx
 
 
-def kind_of(op: str, name: str, a: Any) -> Kind:
-    """`numpy` or `mlx`.
+class Operand(NamedTuple):
+    """What the rules of an operation look at: the kind of array, its shape, and its dtype as `dtype_name` says it."""
+
+    kind: Kind
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+def describe(op: str, name: str, a: Any) -> Operand:
+    """The description of an argument of an operation.
 
     Raises:
-        FormatError: any other object.
+        FormatError: neither a NumPy nor an mlx array.
     """
-    if isinstance(a, np.ndarray):
+    kind = _kind(type(a))
+    if kind is None:
+        raise FormatError(f"{op}: {name} must be a NumPy or mlx array, got {type(a).__name__}")
+    return Operand(kind, a.shape, _name(a.dtype))
+
+
+@cache
+def _kind(cls: type) -> Kind | None:
+    if issubclass(cls, np.ndarray):
         return "numpy"
-    if type(a).__module__ == "mlx.core" and hasattr(a, "shape"):
-        return "mlx"
-    raise FormatError(f"{op}: {name} must be a NumPy or mlx array, got {type(a).__name__}")
+    return "mlx" if (cls.__module__, cls.__name__) == ("mlx.core", "array") else None
 
 
 def dtype_name(a: Any) -> str:
     """`F32`, `F16`, `BF16`, or the plain name of another dtype, such as `uint32`."""
-    if isinstance(a, np.ndarray):
-        return _NUMPY_NAMES.get(str(a.dtype), str(a.dtype))
-    name = str(a.dtype)
-    return _MLX_NAMES.get(name, name.removeprefix("mlx.core."))
+    return _name(a.dtype)
+
+
+@cache
+def _name(dtype: Any) -> str:
+    name = str(dtype)
+    return _FLOAT_NAMES.get(name, name.removeprefix("mlx.core."))
 
 
 def mlx_dtype(name: str) -> Any:

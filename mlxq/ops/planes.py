@@ -28,6 +28,8 @@ import numpy as np
 _FEW_ROWS = 16
 #: Columns of a decoded block; with `_Planes.block_rows` rows it stays in a second-level cache.
 _BLOCK_COLUMNS = 1024
+#: Rows of a decoded block when x has many rows: BLAS, by then most of the time, prefers larger ones.
+_MANY_ROWS_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def matmul_transposed(
     few = M <= _FEW_ROWS
     if few:
         x_planes = np.ascontiguousarray(x_planes.transpose(1, 0, 2))
-    for rows, groups, codes in _decoded_blocks(w_q, planes, group_size):
+    block_rows = planes.block_rows if few else _MANY_ROWS_BLOCK
+    for rows, groups, codes in _decoded_blocks(w_q, planes, group_size, block_rows):
         step = np.ascontiguousarray(scales[rows, groups].T)[:, None]
         if few:
             sums = x_planes[groups] @ codes
@@ -108,7 +111,7 @@ def matmul_plain(
     M, n_groups = x.shape[0], scales.shape[1]
     planes = _planes(bits)
     y_planes = np.zeros((M, n_groups, group_size), np.float32)
-    for rows, groups, codes in _decoded_blocks(w_q, planes, group_size):
+    for rows, groups, codes in _decoded_blocks(w_q, planes, group_size, _MANY_ROWS_BLOCK):
         codes *= np.ascontiguousarray(scales[rows, groups].T)[:, None]
         flat = codes.reshape(-1, codes.shape[2])
         y_planes[:, groups] += (x[:, rows] @ flat.T).reshape(M, -1, group_size)
@@ -125,14 +128,16 @@ def _plane_order(x_groups: np.ndarray, planes: _Planes) -> np.ndarray:
     return np.ascontiguousarray(patterns.transpose(0, 1, 3, 2)).reshape(M, n_groups, group_size)
 
 
-def _decoded_blocks(w_q: np.ndarray, planes: _Planes, group_size: int) -> Iterator[tuple[slice, slice, np.ndarray]]:
+def _decoded_blocks(
+    w_q: np.ndarray, planes: _Planes, group_size: int, block_rows: int
+) -> Iterator[tuple[slice, slice, np.ndarray]]:
     """Blocks of codes: rows, groups, and float32 `[groups, group_size, rows]` in plane order, unscaled.
 
     The array is reused for the next block; the caller may change it.
     """
     N, words_in_group = w_q.shape[0], group_size * planes.bits // 32
     n_groups = w_q.shape[1] // words_in_group
-    block_rows = min(planes.block_rows, N)
+    block_rows = min(block_rows, N)
     block_groups = min(max(_BLOCK_COLUMNS // group_size, 1), n_groups)
     n_patterns = group_size // planes.n_codes
     decoded = np.empty(block_groups * group_size * block_rows, np.float32)

@@ -1,117 +1,173 @@
-"""The rules of the operations, checked on shapes and dtypes before anything is computed.
+"""The rules of the operations, checked on kinds, shapes and dtypes before anything is computed.
 
-A message names the operation, the rule, both sides, and every parameter.
+A message names the operation, the rule, both sides, and every parameter. What passed once passes again: the checks are
+cached by what they depend on, because a model makes the same few calls for every token.
+
+Each check returns the number of rows of x, M (0 where there is no x).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
+from math import prod
 
 from mlxq.errors import FormatError
-from mlxq.formats.geometry import AFFINE_BITS, AFFINE_GROUP_SIZES, validate_width
-from mlxq.ops.arrays import dtype_name, kind_of
+from mlxq.formats.geometry import validate_affine, validate_width
+from mlxq.ops.arrays import Operand
 from mlxq.types import FLOAT_BYTES
 
+_cached = lru_cache(maxsize=4096)
 
-def check_weights(op: str, w: Any, bits: int, group_size: int, mode: str) -> None:
+
+@_cached
+def quantize(w: Operand, bits: int, group_size: int, mode: str) -> int:
     """`w` is a float array `[..., N, K]` whose rows divide into groups."""
-    kind_of(op, "w", w)
-    params = f"; w.shape == {tuple(w.shape)}, bits={bits}, group_size={group_size}, mode={mode!r}"
-    _check_mode(op, mode, params)
-    _check_float(op, "w", w, params)
+    params = f"; w.shape == {w.shape}, bits={bits}, group_size={group_size}, mode={mode!r}"
+    _check_mode("quantize", mode, params)
+    _check_float("quantize", "w", w, params)
     if w.ndim < 2:
-        raise FormatError(f"{op}: w must have at least 2 dimensions, but it has {w.ndim}{params}")
+        raise FormatError(f"quantize: w must have at least 2 dimensions, but it has {w.ndim}{params}")
     try:
         validate_width(w.shape[-1], bits, group_size)
     except FormatError as error:
-        raise FormatError(f"{op}: {error}{params}") from None
+        raise FormatError(f"quantize: {error}{params}") from None
+    return 0
 
 
-def check_packed(op: str, w_q: Any, scales: Any, biases: Any, bits: int, group_size: int, mode: str) -> None:
-    """`w_q` uint32 `[..., N, K * bits // 32]` with scales and biases `[..., N, K // group_size]` of one float dtype."""
-    for name, a in (("w_q", w_q), ("scales", scales), ("biases", biases)):
-        kind_of(op, name, a)
+@_cached
+def dequantize(
+    w_q: Operand, scales: Operand, biases: Operand, bits: int, group_size: int, mode: str, dtype: str | None
+) -> int:
+    """`w_q` uint32 `[..., N, K * bits // 32]` with scales and biases `[..., N, K // group_size]`; a known dtype."""
+    _check_packed("dequantize", w_q, scales, biases, bits, group_size, mode)
+    if dtype is not None and dtype not in FLOAT_BYTES:
+        raise FormatError(f"dequantize: dtype must be one of {', '.join(FLOAT_BYTES)}, got {dtype!r}")
+    return 0
+
+
+@_cached
+def quantized_matmul(
+    x: Operand,
+    w_q: Operand,
+    scales: Operand,
+    biases: Operand,
+    transpose: bool,
+    bits: int,
+    group_size: int,
+    mode: str,
+) -> int:
+    """One packed matrix `[N, K]`, and an x whose last axis is K (N when not `transpose`)."""
+    op = "quantized_matmul"
+    _check_packed(op, w_q, scales, biases, bits, group_size, mode)
+    params = _packed_params(w_q, scales, transpose, bits, group_size)
+    _check_axes(op, "w_q", w_q, 2, "[N, K * bits // 32]", params)
+    return _check_product(op, x, _inner(w_q, transpose, bits), params)
+
+
+@_cached
+def gather_quantized_matmul(
+    x: Operand,
+    w_q: Operand,
+    scales: Operand,
+    biases: Operand,
+    rhs_indices: Operand,
+    transpose: bool,
+    bits: int,
+    group_size: int,
+    mode: str,
+) -> int:
+    """A stack of packed matrices, x `[*batch, M, K]`, and integers whose shape broadcasts with `batch`."""
+    op = "gather_quantized_matmul"
+    _check_packed(op, w_q, scales, biases, bits, group_size, mode)
+    params = _packed_params(w_q, scales, transpose, bits, group_size)
+    _check_axes(op, "w_q", w_q, 3, "[experts, N, K * bits // 32]", params)
+    _check_product(op, x, _inner(w_q, transpose, bits), params)
+    return _check_experts(op, x, rhs_indices, params)
+
+
+@_cached
+def matmul(x: Operand, w: Operand) -> int:
+    """A float matrix `[N, K]`, and an x whose last axis is K."""
+    _check_float("matmul", "w", w, f"; w.shape == {w.shape}")
+    _check_axes("matmul", "w", w, 2, "[N, K]", f"; w.shape == {w.shape}")
+    return _check_product("matmul", x, w.shape[-1], f", w.shape == {w.shape}")
+
+
+@_cached
+def gather_matmul(x: Operand, w: Operand, rhs_indices: Operand) -> int:
+    """A stack of float matrices, x `[*batch, M, K]`, and integers whose shape broadcasts with `batch`."""
+    op, params = "gather_matmul", f", w.shape == {w.shape}"
+    _check_float(op, "w", w, f"; w.shape == {w.shape}")
+    _check_axes(op, "w", w, 3, "[experts, N, K]", f"; w.shape == {w.shape}")
+    _check_product(op, x, w.shape[-1], params)
+    return _check_experts(op, x, rhs_indices, params)
+
+
+def _check_packed(
+    op: str, w_q: Operand, scales: Operand, biases: Operand, bits: int, group_size: int, mode: str
+) -> None:
     params = (
-        f"; w_q.shape == {tuple(w_q.shape)}, scales.shape == {tuple(scales.shape)}, "
-        f"biases.shape == {tuple(biases.shape)}, bits={bits}, group_size={group_size}, mode={mode!r}"
+        f"; w_q.shape == {w_q.shape}, scales.shape == {scales.shape}, biases.shape == {biases.shape}, "
+        f"bits={bits}, group_size={group_size}, mode={mode!r}"
     )
     _check_mode(op, mode, params)
-    _check_grid_parameters(op, bits, group_size, params)
-    if dtype_name(w_q) != "uint32":
-        raise FormatError(f"{op}: w_q must be uint32 words, got {dtype_name(w_q)}{params}")
+    try:
+        validate_affine(bits, group_size)
+    except FormatError as error:
+        raise FormatError(f"{op}: {error}{params}") from None
+    if w_q.dtype != "uint32":
+        raise FormatError(f"{op}: w_q must be uint32 words, got {w_q.dtype}{params}")
     _check_float(op, "scales", scales, params)
-    if dtype_name(biases) != dtype_name(scales):
-        raise FormatError(
-            f"{op}: scales and biases must have one dtype, got {dtype_name(scales)} and {dtype_name(biases)}{params}"
-        )
+    if biases.dtype != scales.dtype:
+        raise FormatError(f"{op}: scales and biases must have one dtype, got {scales.dtype} and {biases.dtype}{params}")
     if w_q.ndim < 2:
         raise FormatError(f"{op}: w_q must have at least 2 dimensions, but it has {w_q.ndim}{params}")
-    K, expected = packed_width(w_q, bits), scales.shape[-1] * group_size if scales.ndim else 0
-    if tuple(scales.shape) != tuple(biases.shape) or tuple(scales.shape[:-1]) != tuple(w_q.shape[:-1]):
+    if scales.shape != biases.shape or scales.shape[:-1] != w_q.shape[:-1]:
         raise FormatError(f"{op}: w_q, scales and biases must agree in all axes but the last{params}")
-    if w_q.shape[-1] * 32 % bits or expected != K:
+    held, described = w_q.shape[-1] * 32, scales.shape[-1] * group_size
+    if held != described * bits:
         raise FormatError(
-            f"{op}: the words of a row hold {w_q.shape[-1] * 32 / bits:g} codes, "
-            f"but its scales are for {expected}{params}"
+            f"{op}: the words of a row hold {held / bits:g} codes, but its scales are for {described}{params}"
         )
 
 
-def check_product(op: str, x: Any, inner: int, params: str) -> None:
-    """`x` is a float array whose last axis is the inner dimension of the product."""
-    kind_of(op, "x", x)
-    params = f"; x.shape == {tuple(x.shape)}{params}"
+def _check_product(op: str, x: Operand, inner: int, params: str) -> int:
+    params = f"; x.shape == {x.shape}{params}"
     _check_float(op, "x", x, params)
-    if x.ndim < 1 or x.shape[-1] != inner:
-        columns = x.shape[-1] if x.ndim else "no"
+    if not x.shape or x.shape[-1] != inner:
+        columns = x.shape[-1] if x.shape else "no"
         raise FormatError(f"{op}: x has {columns} columns, but the weights multiply {inner}{params}")
+    return prod(x.shape[:-1])
 
 
-def check_matrix(op: str, w: Any, ndim: int, layout: str) -> None:
-    """`w` is a float array of exactly `ndim` dimensions."""
-    kind_of(op, "w", w)
-    params = f"; w.shape == {tuple(w.shape)}"
-    _check_float(op, "w", w, params)
-    check_axes(op, "w", w, ndim, layout, params)
-
-
-def check_axes(op: str, name: str, w: Any, ndim: int, layout: str, params: str) -> None:
-    """An array has exactly `ndim` axes."""
-    if w.ndim != ndim:
-        raise FormatError(f"{op}: {name} must be {layout}, but it has {w.ndim} axes{params}")
-
-
-def check_experts(op: str, x: Any, rhs_indices: Any, params: str) -> None:
-    """`x` is `[*batch, M, K]`, and the indices are integers whose shape broadcasts with `batch`."""
-    kind_of(op, "rhs_indices", rhs_indices)
-    params = f"; x.shape == {tuple(x.shape)}, rhs_indices.shape == {tuple(rhs_indices.shape)}{params}"
+def _check_experts(op: str, x: Operand, rhs_indices: Operand, params: str) -> int:
+    params = f"; x.shape == {x.shape}, rhs_indices.shape == {rhs_indices.shape}{params}"
     if x.ndim < 2:
         raise FormatError(f"{op}: x must be [*batch, M, K], but it has {x.ndim} axes{params}")
     # A NumPy uint16 array is an index type here, although among floats it means bfloat16.
-    dtype = dtype_name(rhs_indices)
-    if not (dtype.startswith(("int", "uint")) or getattr(rhs_indices.dtype, "kind", "") == "u"):
-        raise FormatError(f"{op}: rhs_indices must be integers, got {dtype}{params}")
+    is_uint16 = (rhs_indices.kind, rhs_indices.dtype) == ("numpy", "BF16")
+    if not (is_uint16 or rhs_indices.dtype.startswith(("int", "uint"))):
+        raise FormatError(f"{op}: rhs_indices must be integers, got {rhs_indices.dtype}{params}")
     for a, b in zip(reversed(x.shape[:-2]), reversed(rhs_indices.shape), strict=False):
         if a != b and 1 not in (a, b):
             raise FormatError(f"{op}: the batch axes of x do not broadcast with rhs_indices{params}")
+    return max(prod(x.shape[:-1]), x.shape[-2] * prod(rhs_indices.shape))
 
 
-def check_dtype(op: str, dtype: str | None) -> None:
-    """`dtype` names a float type, or is None."""
-    if dtype is not None and dtype not in FLOAT_BYTES:
-        raise FormatError(f"{op}: dtype must be one of {', '.join(FLOAT_BYTES)}, got {dtype!r}")
+def _inner(w_q: Operand, transpose: bool, bits: int) -> int:
+    return w_q.shape[-1] * 32 // bits if transpose else w_q.shape[-2]
 
 
-def packed_width(w_q: Any, bits: int) -> int:
-    """Weights in a row of packed words."""
-    return w_q.shape[-1] * 32 // bits
-
-
-def packed_params(w_q: Any, scales: Any, bits: int, group_size: int, transpose: bool) -> str:
-    """The parameters of a product with packed weights, for a message."""
+def _packed_params(w_q: Operand, scales: Operand, transpose: bool, bits: int, group_size: int) -> str:
     return (
-        f", w_q.shape == {tuple(w_q.shape)}, scales.shape == {tuple(scales.shape)}, "
+        f", w_q.shape == {w_q.shape}, scales.shape == {scales.shape}, "
         f"transpose={transpose}, bits={bits}, group_size={group_size}"
     )
+
+
+def _check_axes(op: str, name: str, a: Operand, ndim: int, layout: str, params: str) -> None:
+    if a.ndim != ndim:
+        raise FormatError(f"{op}: {name} must be {layout}, but it has {a.ndim} axes{params}")
 
 
 def _check_mode(op: str, mode: str, params: str) -> None:
@@ -119,14 +175,8 @@ def _check_mode(op: str, mode: str, params: str) -> None:
         raise FormatError(f"{op}: mode must be 'affine', got {mode!r}{params}")
 
 
-def _check_grid_parameters(op: str, bits: int, group_size: int, params: str) -> None:
-    for name, value, legal in (("bits", bits, AFFINE_BITS), ("group_size", group_size, AFFINE_GROUP_SIZES)):
-        if value not in legal:
-            raise FormatError(f"{op}: {name} must be one of {', '.join(map(str, legal))}, got {value!r}{params}")
-
-
-def _check_float(op: str, name: str, a: Any, params: str) -> None:
-    if dtype_name(a) not in FLOAT_BYTES:
+def _check_float(op: str, name: str, a: Operand, params: str) -> None:
+    if a.dtype not in FLOAT_BYTES:
         raise FormatError(
-            f"{op}: {name} must be float32, float16 or bfloat16 (uint16 bits in NumPy), got {dtype_name(a)}{params}"
+            f"{op}: {name} must be float32, float16 or bfloat16 (uint16 bits in NumPy), got {a.dtype}{params}"
         )
