@@ -111,13 +111,19 @@ def build_config(
     head_dim = metadata.integer("attention.key_length", max(hidden // heads, 1))
     if metadata.integer("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{metadata.path}: attention.key_length and attention.value_length differ")
+    n_layers = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")})
+    if metadata.integer("block_count") != n_layers:
+        raise CheckpointError(
+            f"{metadata.path}: {metadata.arch}.block_count is {metadata.integer('block_count')}, but the file has "
+            f"tensors of {n_layers} blocks"
+        )
     config: dict[str, Any] = {
         "architectures": [arch.model_class],
         "model_type": arch.model_type,
         "vocab_size": embedding[0],
         "hidden_size": hidden,
         "intermediate_size": metadata.integer("feed_forward_length"),
-        "num_hidden_layers": metadata.integer("block_count"),
+        "num_hidden_layers": n_layers,
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,

@@ -29,6 +29,8 @@ from mlxq.formats.geometry import BLOCK_FORMATS
 #: Metadata and directory together; the largest vocabularies in use need some 20 MB.
 _MAX_HEADER = 1 << 29
 _READ_AHEAD = 1 << 22
+#: Bytes asked for at a time.
+_PIECE = 1 << 20
 _MAX_DIMS = 4
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 #: Value type -> (struct code, NumPy dtype) of the fixed-size ones.
@@ -103,7 +105,10 @@ class GgufFile:
         out = np.empty(n, np.uint8)
         view, done = memoryview(out), 0
         while done < n:
-            piece = os.pread(self._fd, min(n - done, 1 << 26), offset + done)
+            try:
+                piece = os.pread(self._fd, min(n - done, _PIECE), offset + done)
+            except OSError as e:
+                raise CheckpointError(f"{self.path}: cannot be read: {e.strerror}") from e
             if not piece:
                 raise CheckpointError(
                     f"{self.path}: ended at byte {offset + done} while {n - done} more were to be read: "

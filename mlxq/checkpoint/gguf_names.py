@@ -89,7 +89,7 @@ ARCHITECTURES = {
     ),
 }
 
-_BLOCK = re.compile(r"blk\.(\d+)\.([a-z0-9_]+)\.(weight|bias)")
+_BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z0-9_]+)\.(weight|bias)")
 _TOP = re.compile(r"([a-z0-9_]+)\.(weight|bias)")
 
 
@@ -126,7 +126,7 @@ def map_name(arch: GgufArchitecture, gguf_name: str) -> MappedTensor | None:
         if target is None:
             return None
         offset = arch.norm_offset if stem.endswith("_norm") and kind == "weight" else 0.0
-        return MappedTensor(f"model.layers.{int(index)}.{target}.{kind}", stem in arch.permuted, offset)
+        return MappedTensor(f"model.layers.{index}.{target}.{kind}", stem in arch.permuted, offset)
     top = _TOP.fullmatch(gguf_name)
     if top and top[1] in _GLOBAL:
         offset = arch.norm_offset if top[1] == "output_norm" and top[2] == "weight" else 0.0

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
-import sys
 from pathlib import Path
 from urllib.parse import urlparse
 
-import pytest
-
-xllamacpp = (
-    pytest.importorskip("xllamacpp") if sys.platform in ("linux", "darwin") else pytest.skip("no llama.cpp here")
-)
+import xllamacpp
 
 
 class LlamaCpp:

@@ -352,6 +352,7 @@ def test_rope_scaling_keys(tmp_path, numbers, expected):
         ({"llama__attention__key_length": 0}, "llama.attention.key_length is 0, expected a positive integer"),
         ({"llama__attention__key_length": 32}, "rope.dimension_count is 16 of a head of 32: partial rotation"),
         ({"split__count": 3}, "one of 3 parts of a split GGUF"),
+        ({"llama__block_count": 999999999}, "llama.block_count is 999999999, but the file has tensors of 2 blocks"),
     ],
 )
 def test_metadata_that_is_refused(tmp_path, numbers, message):
@@ -374,10 +375,10 @@ def test_unsupported_architecture_is_named_and_the_supported_listed(tmp_path):
         GgufCheckpoint(path)
 
 
-def test_unknown_tensor_is_named(tmp_path):
-    extra = {"blk.0.attn_sinks.weight": np.zeros(HEADS, np.float32)}
-    path = write_llama(tmp_path / "m.gguf", llama_weights(), extra=extra)
-    with pytest.raises(CheckpointError, match=r"'blk.0.attn_sinks.weight' is unknown to the architecture 'llama'"):
+@pytest.mark.parametrize("name", ["blk.0.attn_sinks.weight", "blk.00.attn_q.weight", "blk.٠.attn_q.weight", "mystery"])
+def test_unknown_tensor_is_named(tmp_path, name):
+    path = write_llama(tmp_path / "m.gguf", llama_weights(), extra={name: np.zeros(HEADS, np.float32)})
+    with pytest.raises(CheckpointError, match=rf"tensor '{name}' is unknown to the architecture 'llama'"):
         GgufCheckpoint(path)
 
 

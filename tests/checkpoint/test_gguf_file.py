@@ -136,6 +136,11 @@ def test_truncated_inside_a_vocabulary(tmp_path):
         open_bytes(tmp_path, data[: len(data) // 2])
 
 
+def test_a_directory_is_not_a_file(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        GgufFile(tmp_path)
+
+
 def test_missing_file(tmp_path):
     with pytest.raises(CheckpointError, match="cannot be opened: No such file"):
         GgufFile(tmp_path / "none.gguf")

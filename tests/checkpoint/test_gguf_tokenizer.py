@@ -96,6 +96,34 @@ def test_llama3_adds_bos_unless_told_otherwise(tmp_path, merges):
     assert len(tokenizer_of(write_bpe(tmp_path / "b.gguf", "qwen2", merges)).encode("a").ids) == 1
 
 
+def write_with_more(path, tokens, name="a model"):
+    """A byte-level vocabulary and further tokens, which the file calls ordinary words."""
+
+    def configure(writer):
+        add_byte_tokenizer(writer)
+        kv = writer.kv_data[0]
+        kv["tokenizer.ggml.tokens"].value.extend(tokens)
+        kv["tokenizer.ggml.token_type"].value.extend([1] * len(tokens))
+        writer.add_name(name)
+
+    return write_llama(path, llama_weights(layers=1, vocab=261 + len(tokens)), configure=configure)
+
+
+def test_texts_that_look_like_ends_are_found_whatever_their_type(tmp_path):
+    tokens = ["<|im_end|>", "<end_of_turn>", "<fim_prefix>", "<|file_sep|>", "<plain>"]
+    path = write_with_more(tmp_path / "m.gguf", tokens)
+    assert_ids_equal(path, [*TEXTS, "a<plain>b<fim_prefix> <|file_sep|>"])
+    assert tokenizer_of(path).encode("<|im_end|>").ids == [261]
+
+
+def test_phi3_special_tokens_take_the_spaces_after_them(tmp_path):
+    tokens = ["</s>", "<unk>", "<s>", "<|endoftext|>", "<|end|>"]
+    path = write_with_more(tmp_path / "m.gguf", tokens, name="Phi-3 mini")
+    texts = ["a<|end|>  b", "<|user mark|> \n x <|endoftext|>  y", "</s> z", "<|begin of text|>\n\n"]
+    assert_ids_equal(path, TEXTS + texts)
+    assert len(tokenizer_of(path).encode("<|end|>  ").ids) == 1
+
+
 def test_missing_name_means_default(tmp_path, merges):
     def configure(writer):
         add_byte_tokenizer(writer, "gpt-2", merges)
