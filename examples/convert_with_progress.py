@@ -19,7 +19,7 @@ def main(source: str, output: str) -> None:
         result = mlxq.convert(source, output, recipe="mixed", progress=show)
     except mlxq.MlxqError as e:
         raise SystemExit(f"\n{e}") from e
-    print(f"\n{result.path}: KL divergence {result.verification.kl_mean:.4f} nats")
+    print(f"\n{result.path}: KL divergence {result.verification.kl:.4f} nats")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def test_config_manifest_and_companions(tmp_path, source):
     assert manifest["source"]["files"] == {"model.safetensors": digest}
     assert manifest["versions"]["mlxq"] == mlxq.__version__
     assert manifest["bpw"] == pytest.approx(result.plan.bpw, abs=1e-4)
-    assert manifest["verification"]["kl_mean"] >= 0
+    assert manifest["verification"]["kl_nats_per_token"] >= 0
     assert {t["name"]: t["action"] for t in manifest["tensors"]}["model.layers.0.mlp.up_proj.weight"] == "keep"
     assert str(tmp_path) not in (out / "mlxq.json").read_text()
 

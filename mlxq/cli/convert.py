@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mlxq.cli.options import DEFAULT_CONTEXT, Context, Revision, Source
+from mlxq.cli.options import DEFAULT_CONTEXT, Revision, Source
 
 _PLAN = "Plan"
 _RUN = "Run"
@@ -72,7 +72,10 @@ def convert(
         bool,
         typer.Option("--dry-run", help="Print the plan, tensor by tensor, and write nothing.", rich_help_panel=_RUN),
     ] = False,
-    context: Context = DEFAULT_CONTEXT,
+    context: Annotated[
+        int,
+        typer.Option(min=1, help="Context length, in tokens, for the dry run's memory estimate.", rich_help_panel=_RUN),
+    ] = DEFAULT_CONTEXT,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Skip the proof at the end.", rich_help_panel=_RUN)
     ] = False,

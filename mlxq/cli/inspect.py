@@ -4,12 +4,24 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Annotated
 
-from mlxq.cli.options import DEFAULT_CONTEXT, Context, Json, Revision, Source
+import typer
+
+from mlxq.cli.options import Revision, Source
 
 
 def inspect(
-    model: Source, context: Context = DEFAULT_CONTEXT, as_json: Json = False, revision: Revision = None
+    model: Source,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Context length, in tokens, for the memory estimate. [default: 4096]", show_default=False
+        ),
+    ] = None,
+    tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List every tensor.")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    revision: Revision = None,
 ) -> None:
     """Show architecture, formats, bits per weight, bytes, and the memory to run it. Reads no weights."""
     from mlxq.evaluate.inspect import inspect as run
@@ -19,6 +31,6 @@ def inspect(
         json.dump(inspection.to_dict(), sys.stdout, indent=1, ensure_ascii=False)
         sys.stdout.write("\n")
         return
-    from mlxq.cli.render import print_inspection
+    from mlxq.evaluate.report import render_inspection
 
-    print_inspection(inspection)
+    typer.echo(render_inspection(inspection, tensors=tensors))

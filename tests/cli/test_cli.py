@@ -118,9 +118,11 @@ def test_mistakes_are_one_line_and_status_1(source, converted, tmp_path, argumen
     done = mlxq(*[a.format(**names) for a in arguments])
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
-    assert done.stderr.startswith("mlxq: ")
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert all(w in done.stderr for w in words), done.stderr
+    # On a slow machine a stage may announce itself ("Loading ...") before it fails.
+    lines = [line for line in done.stderr.splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("mlxq: ")
+    assert all(w in lines[0] for w in words), done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
