@@ -124,8 +124,8 @@ def _read_prompt(module: nn.Module, prompt: list[int], cache: list[Any]) -> Iter
 def _trunk(module: nn.Module) -> Callable[..., mx.array]:
     """The model without its output projection when it has one we know how to call, else the whole model."""
     trunk = getattr(module, "model", None)
-    if isinstance(trunk, nn.Module) and callable(trunk):
-        parameters = list(inspect.signature(type(trunk).__call__).parameters)[1:]
-        if parameters and "cache" in parameters[1:]:
-            return trunk
-    return module
+    if not isinstance(trunk, nn.Module) or not callable(trunk):
+        return module
+    inputs, *others = list(inspect.signature(trunk).parameters.values()) or [None]
+    known = inputs is not None and any(p.name == "cache" for p in others)
+    return trunk if known and all(p.name == "cache" or p.default is not p.empty for p in others) else module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -25,26 +26,30 @@ def make_sampler(
     def sample(logits: mx.array) -> mx.array:
         state["key"], key = mx.random.split(state["key"])
         logits = logits.astype(mx.float32)
-        if 0 < top_k < logits.shape[-1]:
-            kth = mx.topk(logits, top_k, axis=-1).min(axis=-1, keepdims=True)
-            logits = mx.where(logits < kth, -math.inf, logits)
-        if top_p < 1:
-            logits = _keep_top_p(logits, top_p)
-        if min_p > 0:
-            lowest = logits.max(axis=-1, keepdims=True) + math.log(min_p)
+        lowest = _lowest_logit(logits, top_p, top_k, min_p)
+        if lowest is not None:
             logits = mx.where(logits < lowest, -math.inf, logits)
         return mx.random.categorical(logits / temperature, axis=-1, key=key)
 
     return sample
 
 
-def _keep_top_p(logits: mx.array, top_p: float) -> mx.array:
-    ordered = mx.sort(logits, axis=-1)[..., ::-1]
-    probabilities = mx.softmax(ordered, axis=-1)
-    # A token stays when those before it do not yet reach top_p; so the first always stays.
-    before = mx.cumsum(probabilities, axis=-1) - probabilities
-    lowest = mx.where(before < top_p, ordered, math.inf).min(axis=-1, keepdims=True)
-    return mx.where(logits < lowest, -math.inf, logits)
+def _lowest_logit(logits: mx.array, top_p: float, top_k: int, min_p: float) -> mx.array | None:
+    """The lowest logit `[1, 1]` that passes the filters; None when all are off. Ties with it pass, too."""
+    limits = []
+    if 0 < top_k < logits.shape[-1]:
+        # What the next filter sorts are these few.
+        logits = mx.topk(logits, top_k, axis=-1)
+        limits.append(logits.min(axis=-1, keepdims=True))
+    if top_p < 1:
+        ordered = mx.sort(logits, axis=-1)[..., ::-1]
+        probabilities = mx.softmax(ordered, axis=-1)
+        # A token stays when those before it do not yet reach top_p; so the first always stays.
+        before = mx.cumsum(probabilities, axis=-1) - probabilities
+        limits.append(mx.where(before < top_p, ordered, math.inf).min(axis=-1, keepdims=True))
+    if min_p > 0:
+        limits.append(logits.max(axis=-1, keepdims=True) + math.log(min_p))
+    return functools.reduce(mx.maximum, limits) if limits else None
 
 
 def check_options(max_tokens: int, temperature: float, top_p: float, top_k: int, min_p: float) -> None:
@@ -53,13 +58,12 @@ def check_options(max_tokens: int, temperature: float, top_p: float, top_k: int,
     Raises:
         GenerationError: naming the option, its value and the range.
     """
-    if max_tokens < 1:
-        raise GenerationError(f"max_tokens is {max_tokens}: it must be at least 1")
+    for name, value, least in (("max_tokens", max_tokens, 1), ("top_k", top_k, 0)):
+        if not isinstance(value, int) or value < least:
+            raise GenerationError(f"{name} is {value}: it must be a whole number, {least} or more")
     if not 0 <= temperature < math.inf:
         raise GenerationError(f"temperature is {temperature}: it must be 0 or more")
     if not 0 < top_p <= 1:
         raise GenerationError(f"top_p is {top_p}: it must be above 0 and at most 1")
-    if top_k < 0:
-        raise GenerationError(f"top_k is {top_k}: it must be 0 (off) or more")
     if not 0 <= min_p <= 1:
         raise GenerationError(f"min_p is {min_p}: it must be between 0 and 1")

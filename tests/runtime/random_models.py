@@ -65,6 +65,49 @@ ZOO: dict[str, tuple[dict[str, Any], int | None]] = {
         },
         4,
     ),
+    # Latent attention: MultiLinear, which only these models have, beside experts that are chosen in groups.
+    "deepseek_v3_4bit": (
+        BASE
+        | {
+            "model_type": "deepseek_v3",
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 64,
+            "n_routed_experts": 4,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 64,
+            "q_lora_rank": 64,
+            "qk_rope_head_dim": 32,
+            "qk_nope_head_dim": 32,
+            "v_head_dim": 32,
+            "rope_scaling": None,
+        },
+        4,
+    ),
+    # Attention sinks, sliding windows, and experts with a bias.
+    "gpt_oss_8bit": (
+        BASE
+        | {
+            "model_type": "gpt_oss",
+            "head_dim": 32,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 8,
+            "rope_theta": 150000,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        8,
+    ),
 }
 
 

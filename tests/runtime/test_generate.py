@@ -45,6 +45,21 @@ def test_greedy_is_the_argmax_of_the_whole_model(tiny, monkeypatch):
     assert result.peak_memory > 1e6
 
 
+def test_the_prompt_is_not_projected_to_the_vocabulary(tiny, monkeypatch):
+    rows = []
+    head = type(tiny.module.lm_head)
+    original = head.__call__
+
+    def counted(self, x):
+        if self is tiny.module.lm_head:
+            rows.append(x.shape[1])
+        return original(self, x)
+
+    monkeypatch.setattr(head, "__call__", counted)
+    tiny.generate("a prompt of some tokens", max_tokens=3, stop_tokens=(), **RAW)
+    assert rows == [1, 1, 1]
+
+
 def test_numpy_back_end_alone_gives_the_same(tiny, monkeypatch):
     expected = tiny.generate("one prompt", max_tokens=8, **RAW).token_ids
     monkeypatch.setenv("MLXQ_BACKEND", "numpy")

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from random_models import CONTINUATION, PROMPT, ZOO, save_random, stock_logits
 
+from mlxq import ops
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import build_model, import_private
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import Cancelled, CheckpointError
-from mlxq.runtime import layers, weights
+from mlxq.runtime import attention, layers, weights
 from mlxq.types import CancelToken, QuantSpec, TensorInfo
 
 
@@ -33,9 +34,16 @@ def our_logits(path: Path, **options: bool) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ZOO)
-@pytest.mark.parametrize("backend", ["", "numpy", "mlx"])
+@pytest.mark.parametrize("backend", ["", "numpy", "mlx", "plain"])
 def test_logits_are_those_of_mlx_lm(name, backend, zoo, zoo_stock, monkeypatch):
-    monkeypatch.setenv("MLXQ_BACKEND", backend)
+    if backend == "plain":
+        # What a GPU gets: mlx's own layers and attention in our classes.
+        monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+        monkeypatch.setattr(attention, "on_cpu", lambda: False)
+        monkeypatch.setattr(ops, "quantized_matmul", None)
+        monkeypatch.setattr(ops, "matmul", None)
+    else:
+        monkeypatch.setenv("MLXQ_BACKEND", backend)
     theirs, ours = zoo_stock[name], our_logits(zoo[name])
     assert ours.shape == theirs.shape
     # Both compute in float32 (unit roundoff 6e-8). Sums of up to 256 products in another order differ by about
