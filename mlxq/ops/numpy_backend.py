@@ -15,8 +15,10 @@ from mlxq.formats.floats import dtype_of, from_float32, to_float32
 from mlxq.formats.geometry import packed_words
 from mlxq.ops import planes
 
-#: Weights worked on at a time, so that their float32 copy stays in the second-level cache.
+#: Weights quantized at a time, so that their float32 copy stays in the second-level cache.
 _CHUNK = 1 << 18
+#: Half weights widened for one product: 8 MB of float32, and few BLAS calls, whose threads wait for each other.
+_WIDE_CHUNK = 1 << 21
 
 
 def quantize(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -25,7 +27,7 @@ def quantize(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.
     w_q = np.empty((rows.shape[0], packed_words(K, bits)), np.uint32)
     scales = np.empty((rows.shape[0], K // group_size), w.dtype)
     biases = np.empty_like(scales)
-    for part in _row_parts(rows.shape[0], K):
+    for part in _row_parts(rows.shape[0], K, _CHUNK):
         values = to_float32(rows[part], dtype)
         step, offset = affine.choose_qparams(values, bits, group_size)
         w_q[part] = affine.pack(affine.quantize(values, step, offset, bits, group_size), bits)
@@ -90,12 +92,12 @@ def promote(a: str, b: str) -> str:
 
 
 def _matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """`x @ w.T` in float32; half weights are widened in parts that stay in the cache."""
+    """`x @ w.T` in float32; half weights are widened in parts."""
     dtype = dtype_of(w)
     if dtype == "F32":
         return x @ w.T
     y = np.empty((x.shape[0], w.shape[0]), np.float32)
-    for part in _row_parts(*w.shape):
+    for part in _row_parts(*w.shape, _WIDE_CHUNK):
         y[:, part] = x @ to_float32(w[part], dtype).T
     return y
 
@@ -120,8 +122,8 @@ def _gather(
     return y.reshape(*batch, M, N)
 
 
-def _row_parts(n_rows: int, K: int) -> list[slice]:
-    step = max(_CHUNK // max(K, 1), 1)
+def _row_parts(n_rows: int, K: int, chunk: int) -> list[slice]:
+    step = max(chunk // max(K, 1), 1)
     return [slice(start, start + step) for start in range(0, n_rows, step)]
 
 

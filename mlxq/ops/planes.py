@@ -28,8 +28,9 @@ import numpy as np
 _FEW_ROWS = 16
 #: Columns of a decoded block; with `_Planes.block_rows` rows it stays in a second-level cache.
 _BLOCK_COLUMNS = 1024
-#: Rows of a decoded block when x has many rows: BLAS, by then most of the time, prefers larger ones.
-_MANY_ROWS_BLOCK = 1024
+#: Decoded rows that are multiplied at once when x has many rows (at most 16 MB). They are decoded in small blocks all
+#: the same; but a BLAS call ends with its threads waiting for each other, which is long on a machine that is not idle.
+_MANY_ROWS_BLOCK = 4096
 
 
 @dataclass(frozen=True)
@@ -87,19 +88,15 @@ def matmul_transposed(
     x_groups = x.reshape(M, K // group_size, group_size)
     y = x_groups.sum(axis=2) @ biases.T
     x_planes = _plane_order(x_groups, planes)
-    few = M <= _FEW_ROWS
-    if few:
+    if M <= _FEW_ROWS:
         x_planes = np.ascontiguousarray(x_planes.transpose(1, 0, 2))
-    block_rows = planes.block_rows if few else _MANY_ROWS_BLOCK
-    for rows, groups, codes in _decoded_blocks(w_q, planes, group_size, block_rows):
-        step = np.ascontiguousarray(scales[rows, groups].T)[:, None]
-        if few:
+        for rows, groups, codes in _decoded_blocks(w_q, None, planes, group_size, planes.block_rows):
             sums = x_planes[groups] @ codes
-            sums *= step
+            sums *= np.ascontiguousarray(scales[rows, groups].T)[:, None]
             y[:, rows] += sums.sum(axis=0)
-        else:
-            codes *= step
-            flat = codes.reshape(-1, codes.shape[2])
+    else:
+        for rows, groups, weights in _decoded_blocks(w_q, scales, planes, group_size, _MANY_ROWS_BLOCK):
+            flat = weights.reshape(-1, weights.shape[2])
             y[:, rows] += x_planes[:, groups].reshape(M, -1) @ flat
     return y
 
@@ -111,9 +108,8 @@ def matmul_plain(
     M, n_groups = x.shape[0], scales.shape[1]
     planes = _planes(bits)
     y_planes = np.zeros((M, n_groups, group_size), np.float32)
-    for rows, groups, codes in _decoded_blocks(w_q, planes, group_size, _MANY_ROWS_BLOCK):
-        codes *= np.ascontiguousarray(scales[rows, groups].T)[:, None]
-        flat = codes.reshape(-1, codes.shape[2])
+    for rows, groups, weights in _decoded_blocks(w_q, scales, planes, group_size, _MANY_ROWS_BLOCK):
+        flat = weights.reshape(-1, weights.shape[2])
         y_planes[:, groups] += (x[:, rows] @ flat.T).reshape(M, -1, group_size)
     by_plane = y_planes.reshape(M, n_groups, planes.n_codes, -1)
     y = (by_plane.transpose(0, 1, 3, 2) * planes.factors).reshape(M, n_groups, group_size)
@@ -129,32 +125,40 @@ def _plane_order(x_groups: np.ndarray, planes: _Planes) -> np.ndarray:
 
 
 def _decoded_blocks(
-    w_q: np.ndarray, planes: _Planes, group_size: int, block_rows: int
+    w_q: np.ndarray, scales: np.ndarray | None, planes: _Planes, group_size: int, block_rows: int
 ) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Blocks of codes: rows, groups, and float32 `[groups, group_size, rows]` in plane order, unscaled.
+    """Blocks of at most `block_rows` rows: rows, groups, and float32 `[groups, group_size, rows]` in plane order.
 
-    The array is reused for the next block; the caller may change it.
+    They hold codes, or `scales * codes` when `scales` are given. The array is reused for the next block.
     """
     N, words_in_group = w_q.shape[0], group_size * planes.bits // 32
     n_groups = w_q.shape[1] // words_in_group
-    block_rows = min(block_rows, N)
+    block_rows, cached_rows = min(block_rows, N), min(planes.block_rows, N)
     block_groups = min(max(_BLOCK_COLUMNS // group_size, 1), n_groups)
     n_patterns = group_size // planes.n_codes
-    decoded = np.empty(block_groups * group_size * block_rows, np.float32)
-    plane = np.empty(block_groups * n_patterns * block_rows, np.uint32)
+    buffer = np.empty(block_groups * group_size * block_rows, np.float32)
+    plane_buffer = np.empty(block_groups * n_patterns * cached_rows, np.uint32)
     for row in range(0, N, block_rows):
         rows = slice(row, min(row + block_rows, N))
         for group in range(0, n_groups, block_groups):
             groups = slice(group, min(group + block_groups, n_groups))
-            shape = (groups.stop - group, n_patterns, rows.stop - row)
-            words = w_q[rows, group * words_in_group : groups.stop * words_in_group]
-            codes = _part(decoded, (shape[0], planes.n_codes, n_patterns, shape[2]))
-            _decode(words, planes, codes, _part(plane, shape))
-            yield rows, groups, codes.reshape(shape[0], group_size, shape[2])
+            size = groups.stop - group
+            decoded = _part(buffer, (size, planes.n_codes, n_patterns, rows.stop - row))
+            for start in range(row, rows.stop, cached_rows):
+                stop = min(start + cached_rows, rows.stop)
+                words = w_q[start:stop, group * words_in_group : groups.stop * words_in_group]
+                codes = decoded[..., start - row : stop - row]
+                _decode(words, planes, codes, _part(plane_buffer, (size, n_patterns, stop - start)))
+                if scales is not None:
+                    codes *= np.ascontiguousarray(scales[start:stop, groups].T)[:, None, None]
+            yield rows, groups, decoded.reshape(size, group_size, -1)
 
 
 def _decode(words: np.ndarray, planes: _Planes, codes: np.ndarray, plane: np.ndarray) -> None:
-    """Fill `codes` `[groups, n_codes, patterns, rows]` from `words` `[rows, n]`, one plane after the other."""
+    """Fill `codes` `[groups, n_codes, patterns, rows]` from `words` `[rows, n]`, one plane after the other.
+
+    `plane` is scratch of `[groups, patterns, rows]`.
+    """
     columns = np.ascontiguousarray(words.T).reshape(plane.shape[0], plane.shape[1], planes.n_words, plane.shape[2])
     mask = (1 << planes.bits) - 1
     for j, (word, offset) in enumerate(zip(planes.words, planes.offsets, strict=True)):

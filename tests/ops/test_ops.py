@@ -12,7 +12,7 @@ from mlxq import ops
 from mlxq.errors import BackendError, FormatError
 from mlxq.formats.floats import from_float32, to_float32
 from mlxq.formats.geometry import AFFINE_BITS, AFFINE_GROUP_SIZES
-from mlxq.ops import mlx_backend
+from mlxq.ops import mlx_backend, numpy_backend, planes
 from mlxq.ops.arrays import dtype_name, to_mlx, to_numpy
 
 DTYPES = ("F32", "F16", "BF16")
@@ -79,8 +79,9 @@ def test_quantized_matmul_pair(dtype, group_size, bits, transpose):
 
 @pytest.mark.parametrize("bits", AFFINE_BITS)
 @pytest.mark.parametrize(("N", "K", "M"), [(1, 128, 1), (7, 128, 3), (515, 1152, 2), (515, 2304, 40), (1, 2304, 18)])
-def test_numpy_products_of_ragged_blocks(bits, N, K, M):
-    # 515 rows and 1152, 2304 columns are not whole blocks; M = 18 and 40 scale the weights, fewer rows the sums.
+def test_numpy_products_of_ragged_blocks(monkeypatch, bits, N, K, M):
+    monkeypatch.setattr(planes, "_MANY_ROWS_BLOCK", 320)
+    # 515 rows and 1152, 2304 columns are not whole blocks, nor are 320 rows of the blocks that are decoded at a time; M = 18 and 40 scale the weights, fewer rows the sums.
     w = packed((N, K), bits, 64)
     x = normal((M, K), 3)
     y, magnitude = exact(x, *w, bits, 64)
@@ -155,8 +156,8 @@ def test_results_are_promoted_as_mlx_promotes(x_dtype, w_dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(128,), (1, 128), (40, 128), (2, 3, 128)])
-def test_matmul(backend, dtype, shape):
-    # 3000 rows of half floats are widened in more than one part.
+def test_matmul(monkeypatch, backend, dtype, shape):
+    monkeypatch.setattr(numpy_backend, "_WIDE_CHUNK", 1 << 17)  # half floats are widened in three parts
     x, w = normal(shape, 1, dtype), normal((3000, 128), 2, dtype, 128**-0.5)
     y, magnitude = values(x) @ values(w).T, np.abs(values(x)) @ np.abs(values(w)).T
     got = ops.matmul(x, w, backend=backend)
