@@ -94,40 +94,26 @@ def _bars() -> Any:
     )
 
 
-def console() -> Any:
-    """Standard output; as wide as its longest line when it is not a terminal, so that nothing is cut."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else 200
-    return Console(width=width, soft_wrap=not sys.stdout.isatty(), highlight=False, emoji=False, markup=False)
-
-
 def print_plan(plan: Plan, config: dict[str, Any], context: int) -> None:
-    """The whole plan, tensor by tensor, and the totals."""
-    from rich import box
-    from rich.table import Table
-
+    """The whole plan, one line a tensor, and the totals."""
     from mlxq.architectures.memory import memory_to_run
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, justify in (("tensor", "left"), ("shape", "left"), ("from", "left"), ("to", "left")):
-        table.add_column(title, justify=justify, no_wrap=True)
-    table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("why", justify="left", overflow="fold")
+    rows = [("tensor", "shape", "from", "to", "bytes", "why")]
     for p in plan.tensors:
         to = f"{p.action} {p.spec} {p.dtype}" if p.spec else f"keep {p.dtype}"
-        shape = " x ".join(map(str, p.info.shape))
-        table.add_row(p.info.name, shape, p.info.dtype, to, f"{plan.nbytes_by_name[p.info.name]:,}", p.reason)
-    out = console()
-    out.print(table)
+        nbytes = f"{plan.nbytes_by_name[p.info.name]:,}"
+        rows.append((p.info.name, " x ".join(map(str, p.info.shape)), p.info.dtype, to, nbytes, p.reason))
+    widths = [max(len(r[i]) for r in rows) for i in range(5)]
+    for name, shape, source, to, nbytes, why in rows:
+        columns = f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {source:<{widths[2]}}  {to:<{widths[3]}}"
+        print(f"{columns}  {nbytes:>{widths[4]}}  {why}")
+    print()
     print_summary(plan)
-    memory = memory_to_run(plan.nbytes, config, context)
-    out.print(f"Memory to run {context:,} tokens of context: {memory}")
+    print(f"Memory to run {context:,} tokens of context: {memory_to_run(plan.nbytes, config, context)}")
 
 
 def print_summary(plan: Plan) -> None:
     """Totals by format, and every weight that stays float with its bytes and the reason."""
-    out = console()
     groups: dict[str, list[int]] = {}
     for p in plan.tensors:
         key = f"{p.spec}, {p.dtype} scales" if p.spec else f"{p.dtype} float"
@@ -136,28 +122,27 @@ def print_summary(plan: Plan) -> None:
         totals[1] += p.info.size
         totals[2] += plan.nbytes_by_name[p.info.name]
     for key, (count, size, nbytes) in sorted(groups.items(), key=lambda g: -g[1][2]):
-        out.print(f"  {key:<32} {count:>5} tensors  {size / 1e6:>9.1f}M weights  {human_bytes(nbytes):>9}")
+        print(f"  {key:<32} {count:>5} tensors  {size / 1e6:>9.1f}M weights  {human_bytes(nbytes):>9}")
     if plan.kept_weights:
         total = sum(plan.nbytes_by_name[p.info.name] for p in plan.kept_weights)
-        out.print(f"Kept float though a layer's weight, {human_bytes(total)}:")
+        print(f"Kept float though a layer's weight, {human_bytes(total)}:")
         for p in plan.kept_weights:
-            out.print(f"  {p.info.name}  {human_bytes(plan.nbytes_by_name[p.info.name])}  ({p.reason})")
+            print(f"  {p.info.name}  {human_bytes(plan.nbytes_by_name[p.info.name])}  ({p.reason})")
     if plan.dropped:
-        out.print(f"Not used by this architecture, left out: {', '.join(plan.dropped)}")
+        print(f"Not used by this architecture, left out: {', '.join(plan.dropped)}")
     bpw = f"{plan.bpw:.3f} bits per weight, scales and biases counted"
-    out.print(f"Total {human_bytes(plan.nbytes)}, {plan.n_weights / 1e6:.1f}M weights, {bpw}")
+    print(f"Total {human_bytes(plan.nbytes)}, {plan.n_weights / 1e6:.1f}M weights, {bpw}")
 
 
 def print_result(result: ConversionResult) -> None:
     """What was made, what it weighs, and what the proof measured."""
     from mlxq.evaluate.report import render
 
-    out = console()
     print_summary(result.plan)
     for note in result.notes:
-        out.print(f"Note: {note}")
+        print(f"Note: {note}")
     if result.verification is None:
-        out.print("Not verified (--no-verify)")
+        print("Not verified (--no-verify)")
     else:
-        out.print(render(result.verification))
-    out.print(f"Wrote {result.path}")
+        print(render(result.verification))
+    print(f"Wrote {result.path}")
