@@ -146,7 +146,7 @@ class _Chooser:
         if info.module == "other":
             if asked:
                 raise PlanError(f"--tensor-type {asked[2]!r} matches {info.name}, which no layer can hold quantized")
-            return None, "not a weight of a linear, embedding or expert layer"
+            return None, "not a weight of a layer"
         if kept:
             return None, f"--keep {kept}"
         if asked:
