@@ -7,8 +7,6 @@ half-precision matrix while it is in the cache.
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -119,9 +117,8 @@ def to_mlx(a: np.ndarray, dtype: mx.Dtype | None = None) -> mx.array:
 
 def _finish(module: nn.Module, compute_dtype: mx.Dtype | None) -> None:
     """Evaluate buffers that are no parameters (rope frequencies, say), and tell embeddings their output dtype."""
-    for _, part in module.named_modules():
+    mx.eval([a for _, a in tree_flatten(module) if isinstance(a, mx.array)])
+    for part in module.modules():
         if isinstance(part, Embedding):
             part.compute_dtype = compute_dtype
-        held: list[Any] = [v for v in (*part.values(), *vars(part).values()) if isinstance(v, mx.array)]
-        mx.eval(held)
     module.eval()
