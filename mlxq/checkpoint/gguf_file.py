@@ -256,7 +256,7 @@ class _Header:
     def value(self, key: str) -> Any:
         kind = self.u32()
         if kind == _STRING:
-            return self.string(key)
+            return self.string(repr(key))
         if kind == _ARRAY:
             return self._array(key)
         if kind not in _SCALARS:
@@ -267,12 +267,12 @@ class _Header:
     def _array(self, key: str) -> list[str] | np.ndarray:
         kind, count = self.u32(), self.u64()
         if kind == _STRING:
-            self.check_count(f"strings in {key}", count, 8)
+            self.check_count(f"strings in {key!r}", count, 8)
             return self._strings(key, count)
         if kind not in _SCALARS:
             raise CheckpointError(f"{self._file.path}: metadata key {key!r} is an array of the unsupported type {kind}")
         dtype = np.dtype(_SCALARS[kind][1])
-        self.check_count(f"numbers in {key}", count, dtype.itemsize)
+        self.check_count(f"numbers in {key!r}", count, dtype.itemsize)
         values = np.frombuffer(self.take(count * dtype.itemsize), dtype)
         return values != 0 if kind == _BOOL else values
 
@@ -282,16 +282,16 @@ class _Header:
         unpack = _U64.unpack_from
         for _ in range(count):
             if self.position + 4096 > len(self._buffer):
-                out.append(self.string(key))
+                out.append(self.string(repr(key)))
                 continue
             start = self.position + 8
             end = start + unpack(self._buffer, start - 8)[0]
             if end > len(self._buffer):
-                out.append(self.string(key))
+                out.append(self.string(repr(key)))
                 continue
             self.position = end
             try:
                 out.append(self._buffer[start:end].decode())
             except UnicodeDecodeError as e:
-                raise CheckpointError(f"{self._file.path}: {key}: entry {len(out)} is not UTF-8: {e.reason}") from e
+                raise CheckpointError(f"{self._file.path}: {key!r}: entry {len(out)} is not UTF-8: {e.reason}") from e
         return out

@@ -1,13 +1,15 @@
 """The GGUF container: equal to gguf's own reader on good files, one clear error for each kind of bad one."""
 
+import random
 import struct
 import tracemalloc
 
 import gguf
 import numpy as np
 import pytest
-from gguf_models import add_tensor, finish, llama_weights, write_llama
+from gguf_models import add_byte_tokenizer, add_tensor, finish, llama_weights, write_llama
 
+from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.gguf_file import GgufFile
 from mlxq.errors import CheckpointError
 
@@ -58,11 +60,11 @@ HOSTILE = {
     "string longer than file": (make(entries=[string("k") + u32(8) + u64(1 << 63)]), "the header asks for byte"),
     "absurd strings": (
         make(entries=[string("k") + u32(9) + u32(8) + u64(1 << 45)]),
-        "35184372088832 strings in k need at least",
+        "35184372088832 strings in 'k' need at least",
     ),
     "absurd numbers": (
         make(entries=[string("k") + u32(9) + u32(5) + u64(1 << 45)]),
-        "35184372088832 numbers in k need at least",
+        "35184372088832 numbers in 'k' need at least",
     ),
     "nested array": (
         make(entries=[string("k") + u32(9) + u32(9) + u64(1)]),
@@ -70,7 +72,7 @@ HOSTILE = {
     ),
     "unknown value type": (make(entries=[string("k") + u32(99)]), "'k' has the unknown value type 99"),
     "key not text": (make(entries=[string(b"\xff\xfe") + u32(0) + b"\0"]), "a metadata key is not UTF-8"),
-    "value not text": (make(entries=[string("k") + u32(8) + string(b"\xff")]), "k is not UTF-8"),
+    "value not text": (make(entries=[string("k") + u32(8) + string(b"\xff")]), "'k' is not UTF-8"),
     "repeated key": (make(entries=[string("k") + u32(0) + b"\1"] * 2), "metadata key 'k' appears twice"),
     "alignment zero": (make(entries=[ALIGNMENT + u32(0)]), "general.alignment is 0, expected a power of two"),
     "alignment odd": (make(entries=[ALIGNMENT + u32(48)]), "general.alignment is 48"),
@@ -134,6 +136,36 @@ def test_truncated_inside_a_vocabulary(tmp_path):
     data = path.read_bytes()
     with pytest.raises(CheckpointError, match="truncated"):
         open_bytes(tmp_path, data[: len(data) // 2])
+
+
+def test_damaged_headers_raise_nothing_else(tmp_path):
+    """Seeded damage to the head of a whole model: it still reads, or it is one clear line."""
+    path = tmp_path / "m.gguf"
+    write_llama(path, llama_weights(vocab=261), "Q4_1", configure=add_byte_tokenizer)
+    good = path.read_bytes()
+    head = min(t.offset for t in GgufFile(path).tensors.values())
+    rng = random.Random(0)
+    refused = []
+    for _ in range(500):
+        data, at = bytearray(good), rng.randrange(head)
+        kind = rng.randrange(4)
+        if kind == 0:
+            data[at] = rng.randrange(256)
+        elif kind == 1:
+            data[at : at + 8] = rng.choice([b"\xff" * 8, bytes(8), struct.pack("<Q", 1 << rng.randrange(63))])
+        elif kind == 2:
+            del data[at : at + rng.randint(1, 20)]
+        else:
+            data[at:at] = rng.randbytes(rng.randint(1, 20))
+        path.write_bytes(data)
+        try:
+            with GgufCheckpoint(path) as checkpoint:
+                checkpoint.companion_files()
+                checkpoint.read("model.layers.0.self_attn.q_proj.weight", slice(0, 3))
+        except CheckpointError as e:
+            refused.append(str(e))
+    assert len(refused) > 300
+    assert not any("\n" in message for message in refused)
 
 
 def test_a_directory_is_not_a_file(tmp_path):
