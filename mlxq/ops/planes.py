@@ -28,8 +28,9 @@ import numpy as np
 _FEW_ROWS = 16
 #: Columns of a decoded block; with `_Planes.block_rows` rows it stays in a second-level cache.
 _BLOCK_COLUMNS = 1024
-#: Decoded rows that are multiplied at once when x has many rows (at most 16 MB). They are decoded in small blocks all
-#: the same; but a BLAS call ends with its threads waiting for each other, which is long on a machine that is not idle.
+#: From this many rows of x on, `_MANY_ROWS_BLOCK` decoded rows (at most 16 MB) are multiplied at once: that costs
+#: nothing by then, and a BLAS call ends with its threads waiting for each other, long on a machine that is not idle.
+_MANY_ROWS = 256
 _MANY_ROWS_BLOCK = 4096
 
 
@@ -86,18 +87,35 @@ def matmul_transposed(
     M, K = x.shape
     planes = _planes(bits)
     x_groups = x.reshape(M, K // group_size, group_size)
-    y = x_groups.sum(axis=2) @ biases.T
-    x_planes = _plane_order(x_groups, planes)
-    if M <= _FEW_ROWS:
-        x_planes = np.ascontiguousarray(x_planes.transpose(1, 0, 2))
-        for rows, groups, codes in _decoded_blocks(w_q, None, planes, group_size, planes.block_rows):
-            sums = x_planes[groups] @ codes
-            sums *= np.ascontiguousarray(scales[rows, groups].T)[:, None]
-            y[:, rows] += sums.sum(axis=0)
-    else:
-        for rows, groups, weights in _decoded_blocks(w_q, scales, planes, group_size, _MANY_ROWS_BLOCK):
-            flat = weights.reshape(-1, weights.shape[2])
-            y[:, rows] += x_planes[:, groups].reshape(M, -1) @ flat
+    x_planes, x_sums = _plane_order(x_groups, planes), x_groups.sum(axis=2)
+    if M > _FEW_ROWS:
+        return _matmul_many(x_planes, x_sums, w_q, (scales, biases), planes)
+    y = x_sums @ biases.T
+    x_planes = np.ascontiguousarray(x_planes.transpose(1, 0, 2))
+    for rows, groups, codes in _decoded_blocks(w_q, None, planes, group_size, planes.block_rows):
+        sums = x_planes[groups] @ codes.reshape(-1, group_size, codes.shape[1])
+        sums *= np.ascontiguousarray(scales[rows, groups].T)[:, None]
+        y[:, rows] += sums.sum(axis=0)
+    return y
+
+
+def _matmul_many(
+    x_planes: np.ndarray, x_sums: np.ndarray, w_q: np.ndarray, grid: tuple[np.ndarray, np.ndarray], planes: _Planes
+) -> np.ndarray:
+    """`matmul_transposed` for many rows: the biases are more rows of the decoded block, the sums more columns of x."""
+    M, n_groups, group_size = x_planes.shape
+    y = np.empty((M, w_q.shape[0]), np.float32)
+    block_groups = _block_groups(n_groups, group_size)
+    x_blocks = [
+        np.concatenate([x_planes[:, g : g + block_groups].reshape(M, -1), x_sums[:, g : g + block_groups]], axis=1)
+        for g in range(0, n_groups, block_groups)
+    ]
+    block_rows = _MANY_ROWS_BLOCK if M >= _MANY_ROWS else planes.block_rows
+    for rows, groups, weights in _decoded_blocks(w_q, grid, planes, group_size, block_rows):
+        if groups.start == 0:
+            np.matmul(x_blocks[0], weights, out=y[:, rows])
+        else:
+            y[:, rows] += x_blocks[groups.start // block_groups] @ weights
     return y
 
 
@@ -108,9 +126,9 @@ def matmul_plain(
     M, n_groups = x.shape[0], scales.shape[1]
     planes = _planes(bits)
     y_planes = np.zeros((M, n_groups, group_size), np.float32)
-    for rows, groups, weights in _decoded_blocks(w_q, scales, planes, group_size, _MANY_ROWS_BLOCK):
-        flat = weights.reshape(-1, weights.shape[2])
-        y_planes[:, groups] += (x[:, rows] @ flat.T).reshape(M, -1, group_size)
+    for rows, groups, weights in _decoded_blocks(w_q, (scales, biases), planes, group_size, planes.block_rows):
+        n = (groups.stop - groups.start) * group_size
+        y_planes[:, groups] += (x[:, rows] @ weights[:n].T).reshape(M, -1, group_size)
     by_plane = y_planes.reshape(M, n_groups, planes.n_codes, -1)
     y = (by_plane.transpose(0, 1, 3, 2) * planes.factors).reshape(M, n_groups, group_size)
     y += (x @ biases)[:, :, None]
@@ -125,33 +143,46 @@ def _plane_order(x_groups: np.ndarray, planes: _Planes) -> np.ndarray:
 
 
 def _decoded_blocks(
-    w_q: np.ndarray, scales: np.ndarray | None, planes: _Planes, group_size: int, block_rows: int
+    w_q: np.ndarray,
+    grid: tuple[np.ndarray, np.ndarray] | None,
+    planes: _Planes,
+    group_size: int,
+    block_rows: int,
 ) -> Iterator[tuple[slice, slice, np.ndarray]]:
-    """Blocks of at most `block_rows` rows: rows, groups, and float32 `[groups, group_size, rows]` in plane order.
+    """Blocks of at most `block_rows` rows and 1024 columns: rows, groups, and a float32 array reused for the next.
 
-    They hold codes, or `scales * codes` when `scales` are given. The array is reused for the next block.
+    Without a grid it is `[groups * group_size, rows]`, the codes of each group in plane order. With `(scales, biases)`
+    it is `scales * codes`, and below them one more row for each group, its biases.
     """
     N, words_in_group = w_q.shape[0], group_size * planes.bits // 32
     n_groups = w_q.shape[1] // words_in_group
     block_rows, cached_rows = min(block_rows, N), min(planes.block_rows, N)
-    block_groups = min(max(_BLOCK_COLUMNS // group_size, 1), n_groups)
+    block_groups = _block_groups(n_groups, group_size)
     n_patterns = group_size // planes.n_codes
-    buffer = np.empty(block_groups * group_size * block_rows, np.float32)
+    buffer = np.empty(block_groups * (group_size + 1) * block_rows, np.float32)
     plane_buffer = np.empty(block_groups * n_patterns * cached_rows, np.uint32)
     for row in range(0, N, block_rows):
         rows = slice(row, min(row + block_rows, N))
         for group in range(0, n_groups, block_groups):
             groups = slice(group, min(group + block_groups, n_groups))
             size = groups.stop - group
-            decoded = _part(buffer, (size, planes.n_codes, n_patterns, rows.stop - row))
+            n_columns = size * group_size
+            decoded = _part(buffer, (n_columns + (size if grid else 0), rows.stop - row))
+            by_plane = decoded[:n_columns].reshape(size, planes.n_codes, n_patterns, -1)
             for start in range(row, rows.stop, cached_rows):
                 stop = min(start + cached_rows, rows.stop)
                 words = w_q[start:stop, group * words_in_group : groups.stop * words_in_group]
-                codes = decoded[..., start - row : stop - row]
+                codes = by_plane[..., start - row : stop - row]
                 _decode(words, planes, codes, _part(plane_buffer, (size, n_patterns, stop - start)))
-                if scales is not None:
-                    codes *= np.ascontiguousarray(scales[start:stop, groups].T)[:, None, None]
-            yield rows, groups, decoded.reshape(size, group_size, -1)
+                if grid:
+                    codes *= np.ascontiguousarray(grid[0][start:stop, groups].T)[:, None, None]
+            if grid:
+                decoded[n_columns:] = grid[1][rows, groups].T
+            yield rows, groups, decoded
+
+
+def _block_groups(n_groups: int, group_size: int) -> int:
+    return min(max(_BLOCK_COLUMNS // group_size, 1), n_groups)
 
 
 def _decode(words: np.ndarray, planes: _Planes, codes: np.ndarray, plane: np.ndarray) -> None:

@@ -81,8 +81,9 @@ def test_quantized_matmul_pair(dtype, group_size, bits, transpose):
 @pytest.mark.parametrize(("N", "K", "M"), [(1, 128, 1), (7, 128, 3), (515, 1152, 2), (515, 2304, 40), (1, 2304, 18)])
 def test_numpy_products_of_ragged_blocks(monkeypatch, bits, N, K, M):
     monkeypatch.setattr(planes, "_MANY_ROWS_BLOCK", 320)
+    monkeypatch.setattr(planes, "_MANY_ROWS", 40)
     # 515 rows and 1152, 2304 columns are not whole blocks, nor are 320 rows of the blocks that are decoded at a time;
-    # M = 18 and 40 scale the weights, fewer rows the sums.
+    # M = 18 and 40 scale the weights, fewer rows the sums; M = 40 multiplies the larger blocks.
     w = packed((N, K), bits, 64)
     x = normal((M, K), 3)
     y, magnitude = exact(x, *w, bits, 64)
