@@ -333,4 +333,4 @@ def _float32(logits: Any) -> np.ndarray:
     if isinstance(logits, tuple):
         logits = logits[0]
     logits = getattr(logits, "logits", logits)
-    return np.array(logits.astype(mx.float32))
+    return np.asarray(logits.astype(mx.float32))

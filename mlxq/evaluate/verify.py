@@ -1,0 +1,276 @@
+"""The proof of a conversion: source and result read the same text, and their predictions are compared.
+
+Both models are run block by block (`runtime.blocks`), the source first, then the result; then both heads together, some
+rows at a time. All is computed in float32, so what is compared is the weights. The largest things in memory are one
+block, or the two heads, and hidden states and logits of some hundred tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.checkpoint.base import Checkpoint
+from mlxq.checkpoint.huggingface import is_tokenizer
+from mlxq.checkpoint.source import open_checkpoint
+from mlxq.errors import CheckpointError
+from mlxq.evaluate.bounds import kl_bound, suspicious_kl
+from mlxq.evaluate.divergence import Accumulator, Divergence, score_tokens
+from mlxq.evaluate.tensors import TensorError, tensor_errors
+from mlxq.evaluate.texts import token_sequences
+from mlxq.types import CancelToken, Progress, ProgressCallback
+
+#: Logits of one model that are computed at a time (32 MB in float32), but at least so many rows: the head is decoded
+#: once for each chunk.
+_LOGITS = 1 << 23
+_LEAST_ROWS = 64
+#: Tensors named when a result is broken.
+_NAMED = 5
+
+
+@dataclass(frozen=True)
+class VerificationResult:
+    """What the proof measured.
+
+    Attributes:
+        passed: the result is finite, its divergence within `kl_bound`, and (compared when the divergence is beyond
+            what needs no second look, see `bounds`) no tensor further from its source than rounding can bring it.
+        failure: one line that says why not, naming the tensors furthest from the source; empty when it passed.
+        kl, kl_se: mean KL(source || result) in nats per token, and its standard error.
+        kl_bound: the largest `kl` that the result's bits per weight explain; infinite where they explain anything.
+        agreement: share of tokens for which both put the same token first.
+        perplexity_source, perplexity_result: of the text, before and after.
+        n_tokens, n_sequences: tokens scored, and independent texts that they come from.
+        bpw: bits per weight of the result.
+        worst_tensors: when it failed, the tensors furthest beyond what their bits explain, the worst first.
+        notes: what was done otherwise than described (a model that had to be in memory as a whole).
+        seconds, peak_memory: wall time, and the process's largest memory so far in bytes.
+    """
+
+    passed: bool
+    failure: str
+    kl: float
+    kl_se: float | None
+    kl_bound: float
+    agreement: float
+    perplexity_source: float
+    perplexity_result: float
+    n_tokens: int
+    n_sequences: int
+    bpw: float
+    worst_tensors: tuple[TensorError, ...] = ()
+    notes: tuple[str, ...] = ()
+    seconds: float = field(default=0.0, compare=False)
+    peak_memory: int = field(default=0, compare=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON; without what differs from run to run (time and memory). Numbers that are not finite are null."""
+        return {
+            "passed": self.passed,
+            "failure": self.failure,
+            "kl_nats_per_token": _rounded(self.kl),
+            "kl_standard_error": _rounded(self.kl_se),
+            "kl_bound": _rounded(self.kl_bound),
+            "top1_agreement": _rounded(self.agreement),
+            "perplexity_source": _rounded(self.perplexity_source),
+            "perplexity_result": _rounded(self.perplexity_result),
+            "tokens": self.n_tokens,
+            "sequences": self.n_sequences,
+            "bpw": _rounded(self.bpw),
+            "worst_tensors": [t.to_dict() for t in self.worst_tensors],
+            "notes": list(self.notes),
+        }
+
+
+def verify(
+    source: ParameterMap | Checkpoint,
+    result_path: str | Path,
+    *,
+    bpw: float | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> VerificationResult:
+    """Compare a converted directory with the model it was made from.
+
+    Args:
+        source: where the conversion started; its tokenizer reads the text.
+        result_path: the directory that was made.
+        bpw: bits per weight of the result, everything counted; measured from its tensors when None.
+        progress: called with stage `verify` after every block and every chunk of the heads.
+        cancel: checked at the same places.
+
+    Returns:
+        A result with `passed` False when the converted model is broken. That is no exception.
+
+    Raises:
+        CheckpointError: the source has no tokenizer, or the *source* yields logits that are not finite; the result
+            cannot be read.
+        Cancelled: through `cancel`.
+    """
+    began = time.perf_counter()
+    parameters = source if isinstance(source, ParameterMap) else ParameterMap(source)
+    sequences = _sequences(parameters.checkpoint)
+    with open_checkpoint(result_path) as checkpoint:
+        result = ParameterMap(checkpoint)
+        if bpw is None:
+            bpw = (
+                8
+                * sum(t.nbytes for t in result.tensors.values())
+                / max(sum(t.size for t in result.tensors.values()), 1)
+            )
+        divergence, notes = _Comparison(parameters, result, sequences, progress, cancel).run()
+        tensors = list(result.tensors.values())
+        # A comparison with NaN is false, so this holds for a divergence that is not finite too.
+        suspicious = not divergence.kl <= suspicious_kl(tensors)
+        errors = tensor_errors(parameters, result, cancel) if suspicious else []
+        bound = kl_bound(tensors)
+        reason = _failure(divergence, bound, bpw, errors)
+        notes += _remarks(divergence, bound, suspicious, _vocabulary(parameters.checkpoint))
+    return VerificationResult(
+        passed=not reason,
+        failure=reason,
+        kl=divergence.kl,
+        kl_se=divergence.kl_se,
+        kl_bound=bound,
+        agreement=divergence.agreement,
+        perplexity_source=divergence.perplexity_source,
+        perplexity_result=divergence.perplexity_result,
+        n_tokens=divergence.n_tokens,
+        n_sequences=divergence.n_sequences,
+        bpw=bpw,
+        worst_tensors=tuple(errors[:_NAMED]) if reason else (),
+        notes=notes,
+        seconds=time.perf_counter() - began,
+        peak_memory=_peak_memory(),
+    )
+
+
+class _Comparison:
+    """Runs both models over the text and adds up what their logits tell."""
+
+    def __init__(
+        self,
+        source: ParameterMap,
+        result: ParameterMap,
+        sequences: list[list[int]],
+        progress: ProgressCallback | None,
+        cancel: CancelToken | None,
+    ):
+        from mlxq.runtime.blocks import StreamedModel
+
+        self._models = (StreamedModel(source), StreamedModel(result))
+        self._where = source.checkpoint.path
+        self._sequences = sequences
+        self._progress = progress
+        self._cancel = cancel
+        counts = np.array([len(ids) for ids in sequences])
+        tokens = np.concatenate([np.array(ids) for ids in sequences])
+        last = np.cumsum(counts) - 1
+        #: Rows that are followed by a token of the same sequence; that token; the sequence.
+        self._rows = np.setdiff1d(np.arange(len(tokens)), last)
+        self._targets = tokens[self._rows + 1]
+        self._of = np.repeat(np.arange(len(counts)), counts)[self._rows]
+        vocabulary = _vocabulary(source.checkpoint) or 1 << 18
+        self._step = max(_LOGITS // vocabulary, _LEAST_ROWS)
+        self._done = 0
+        self._total = sum(m.n_blocks for m in self._models) + len(self._chunks())
+
+    def _chunks(self) -> list[slice]:
+        n = len(self._rows)
+        return [slice(i, min(i + self._step, n)) for i in range(0, n, self._step)]
+
+    def _advance(self, item: str) -> None:
+        if self._cancel is not None:
+            self._cancel.check()
+        self._done = min(self._done + 1, self._total)
+        if self._progress is not None:
+            self._progress(Progress("verify", self._done, self._total, "blocks", item))
+
+    def run(self) -> tuple[Divergence, tuple[str, ...]]:
+        accumulator = Accumulator(len(self._sequences))
+        source, result = self._models
+        with source, result:
+            for model, name in ((source, "source"), (result, "result")):
+                model.run(self._sequences, lambda done, total, name=name: self._advance(f"{name} block {done}"))
+            for part in self._chunks():
+                rows = self._rows[part]
+                a = source.logits(rows)
+                if not np.isfinite(a).all():
+                    raise CheckpointError(
+                        f"{self._where}: the source itself yields logits that are NaN or infinite, so there is nothing"
+                        " to compare with (--no-verify converts it all the same)"
+                    )
+                accumulator.add(score_tokens(a, result.logits(rows), self._targets[part]), self._of[part])
+                self._advance("head")
+        return accumulator.result(), self._notes()
+
+    def _notes(self) -> tuple[str, ...]:
+        names = zip(("source", "result"), self._models, strict=True)
+        return tuple(f"the {n} was in memory as a whole, because {m.whole}" for n, m in names if m.whole)
+
+
+def _sequences(checkpoint: Checkpoint) -> list[list[int]]:
+    from mlxq.runtime.tokenizer import load_tokenizer
+
+    if not is_tokenizer(checkpoint.companion_files()):
+        raise CheckpointError(
+            f"{checkpoint.path}: has no tokenizer, so no text can be read to verify the result; copy tokenizer.json"
+            " (or tokenizer.model) from the original model, or pass --no-verify"
+        )
+    return token_sequences(load_tokenizer(checkpoint), _vocabulary(checkpoint))
+
+
+def _vocabulary(checkpoint: Checkpoint) -> int | None:
+    for part in (checkpoint.config, checkpoint.config.get("text_config") or {}):
+        size = part.get("vocab_size") or part.get("padded_vocab_size")
+        if isinstance(size, int):
+            return size
+    return None
+
+
+def _failure(divergence: Divergence, bound: float, bpw: float, errors: list[TensorError]) -> str:
+    """Why the result is broken, in one line that names the worst tensors, or an empty string."""
+    broken = [e for e in errors if e.broken]
+    if not (math.isfinite(divergence.kl) and math.isfinite(divergence.nll_result)):
+        reason = "the converted model yields logits that are NaN or infinite"
+    elif broken:
+        count = f"{len(broken)} of {len(errors)} tensors are" if len(broken) > 1 else "one tensor is"
+        reason = f"the converted model is broken: {count} further from the source than rounding can bring them"
+    elif divergence.kl > bound:
+        error = f" ± {divergence.kl_se:.2g}" if divergence.kl_se is not None else ""
+        reason = (
+            f"the converted model is broken: KL divergence {divergence.kl:.3g}{error} nats per token, but rounding to"
+            f" {bpw:.2f} bits per weight explains at most {bound:.3g}"
+        )
+    else:
+        return ""
+    if broken:
+        return f"{reason}; worst: {', '.join(map(str, broken[:_NAMED]))}"
+    return f"{reason}; no tensor is out of line, the largest error is that of {', '.join(map(str, errors[:3]))}"
+
+
+def _remarks(divergence: Divergence, bound: float, compared: bool, vocabulary: int | None) -> tuple[str, ...]:
+    """What a passing number does not say by itself."""
+    notes = []
+    if compared and math.isinf(bound):
+        notes.append("at these bits rounding may change predictions without bound; every tensor was compared instead")
+    if vocabulary and divergence.nll_result > math.log(vocabulary):
+        notes.append("the result predicts text worse than chance does: use more bits")
+    return tuple(notes)
+
+
+def _peak_memory() -> int:
+    from mlxq.runtime.generate import _peak_memory
+
+    return _peak_memory()
+
+
+def _rounded(x: float | None) -> float | None:
+    """Six significant digits; None for what JSON cannot hold."""
+    return float(f"{x:.6g}") if x is not None and math.isfinite(x) else None

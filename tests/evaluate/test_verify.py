@@ -1,0 +1,230 @@
+"""The proof passes what is sound, fails what is broken, and names the tensor that broke it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.checkpoint.source import open_checkpoint
+from mlxq.conversion import convert
+from mlxq.errors import Cancelled, CheckpointError
+from mlxq.evaluate.report import render
+from mlxq.evaluate.verify import VerificationResult, verify
+from mlxq.types import CancelToken, Progress
+
+DOWN = "model.layers.1.mlp.down_proj"
+
+
+def peaked(config: dict | None = None) -> dict[str, np.ndarray]:
+    """Weights whose head is large, so that predictions are sharp and depend on every block."""
+    tensors = tiny.random_tensors(tiny.llama_shapes(tiny.LLAMA | (config or {})))
+    if "lm_head.weight" in tensors:
+        tensors["lm_head.weight"] *= 4
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make_model(tmp_path_factory.mktemp("source") / "m", tensors=peaked())
+
+
+def converted(source: Path, out: Path, bits: int = 8) -> Path:
+    convert(source, out, bits=bits, verify=False)
+    return out
+
+
+def change(directory: Path, **arrays: mx.array) -> None:
+    """Replace stored arrays of a converted model; `__` in a name stands for a dot."""
+    path = str(directory / "model.safetensors")
+    stored = dict(mx.load(path))
+    mx.eval(stored)
+    for name, array in arrays.items():
+        name = name.replace("__", ".")
+        assert stored[name].shape == array.shape
+        stored[name] = array.astype(stored[name].dtype)
+    mx.save_safetensors(path, stored, metadata={"format": "mlx"})
+
+
+def stored(directory: Path, name: str) -> mx.array:
+    return mx.load(str(directory / "model.safetensors"))[name]
+
+
+def run(source: Path, result: Path, **options: object) -> VerificationResult:
+    with open_checkpoint(source) as checkpoint:
+        return verify(checkpoint, result, **options)
+
+
+def expect_broken(outcome: VerificationResult, name: str) -> None:
+    assert not outcome.passed
+    assert outcome.worst_tensors[0].name == name
+    assert "\n" not in outcome.failure
+    assert outcome.failure.index(name) < min(
+        (outcome.failure.index(t.name) for t in outcome.worst_tensors[1:] if t.name in outcome.failure), default=10**9
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_sound_conversion_passes(source: Path, tmp_path: Path, bits: int) -> None:
+    outcome = run(source, converted(source, tmp_path / "out", bits))
+    assert outcome.passed, outcome.failure
+    assert outcome.kl > 0
+    assert outcome.kl_se is not None
+    assert 0 < outcome.kl_se < outcome.kl
+    assert outcome.n_sequences == 16
+    assert not outcome.worst_tensors
+    assert outcome.seconds > 0
+    assert outcome.peak_memory > 0
+
+
+def test_more_bits_diverge_less(source: Path, tmp_path: Path) -> None:
+    kl = [run(source, converted(source, tmp_path / f"out{b}", b)).kl for b in (8, 6, 4, 2)]
+    assert kl == sorted(kl)
+    # Two bits more are a quarter of the step, a sixteenth of the noise's energy; bfloat16 scales dampen it.
+    assert kl[2] > 5 * kl[1] > 5 * kl[0]
+
+
+def test_the_same_model_diverges_by_exactly_nothing(source: Path) -> None:
+    outcome = run(source, source)
+    assert (outcome.kl, outcome.kl_se, outcome.agreement) == (0.0, 0.0, 1.0)
+    assert outcome.perplexity_source == outcome.perplexity_result
+    assert outcome.bpw == 16
+
+
+def test_codes_taken_over_from_the_source_diverge_by_nothing(source: Path, tmp_path: Path) -> None:
+    quantized = converted(source, tmp_path / "quantized", 4)
+    convert(quantized, tmp_path / "again", verify=False)
+    outcome = run(quantized, tmp_path / "again")
+    assert (outcome.kl, outcome.agreement, outcome.passed) == (0.0, 1.0, True)
+
+
+def test_perplexity_is_that_of_the_logits(source: Path) -> None:
+    """Against the source's own model run whole on the same tokens."""
+    from mlxq import load
+    from mlxq.evaluate.texts import token_sequences
+
+    model = load(source)
+    nll = []
+    for ids in token_sequences(model.tokenizer):
+        logits = np.array(model.module(mx.array([ids])).astype(mx.float32))[0, :-1].astype(np.float64)
+        total = np.log(np.exp(logits).sum(axis=1))
+        nll += list(total - logits[np.arange(len(ids) - 1), ids[1:]])
+    outcome = run(source, source)
+    assert outcome.n_tokens == len(nll)
+    # float32 logits of size 10 carry some 1e-6 of noise each, which the mean does not add up.
+    assert outcome.perplexity_source == pytest.approx(np.exp(np.mean(nll)), rel=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_shuffled_tensor_fails_and_is_named_first(source: Path, tmp_path: Path, bits: int) -> None:
+    out = converted(source, tmp_path / "out", bits)
+    rolled = {
+        f"{DOWN}.{part}".replace(".", "__"): mx.roll(stored(out, f"{DOWN}.{part}"), 1, axis=0)
+        for part in ("weight", "scales", "biases")
+    }
+    change(out, **rolled)
+    outcome = run(source, out)
+    expect_broken(outcome, f"{DOWN}.weight")
+    assert "one tensor is" in outcome.failure
+    # Rows that have nothing to do with those expected are sqrt(2) times their size away.
+    assert outcome.worst_tensors[0].rmse == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_scales_in_the_wrong_place_fail(source: Path, tmp_path: Path) -> None:
+    out = converted(source, tmp_path / "out")
+    name = "model__layers__0__self_attn__q_proj__scales"
+    change(out, **{name: mx.roll(stored(out, name.replace("__", ".")), 1, axis=1)})
+    expect_broken(run(source, out), "model.layers.0.self_attn.q_proj.weight")
+
+
+def test_a_result_that_is_not_finite_fails(source: Path, tmp_path: Path) -> None:
+    out = converted(source, tmp_path / "out")
+    scales = np.array(stored(out, f"{DOWN}.scales").astype(mx.float32))
+    scales[3, 1] = np.nan
+    change(out, **{f"{DOWN}.scales".replace(".", "__"): mx.array(scales)})
+    outcome = run(source, out)
+    expect_broken(outcome, f"{DOWN}.weight")
+    assert "NaN or infinite" in outcome.failure
+    assert "not finite" in outcome.failure
+    json.dumps(outcome.to_dict(), allow_nan=False)
+
+
+def test_a_configuration_that_differs_fails_though_no_tensor_does(source: Path, tmp_path: Path) -> None:
+    out = converted(source, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"rope_theta": 20.0}))
+    outcome = run(source, out)
+    assert not outcome.passed
+    assert "no tensor is out of line" in outcome.failure
+
+
+def test_a_broken_source_is_an_error_that_names_it(tmp_path: Path) -> None:
+    tensors = peaked()
+    tensors["model.norm.weight"][5] = np.inf
+    source = tiny.make_model(tmp_path / "m", tensors=tensors)
+    with pytest.raises(CheckpointError, match="source itself") as e:
+        run(source, source)
+    assert str(source) in str(e.value)
+
+
+def test_without_tokenizer_it_says_how_to_go_on(tmp_path: Path) -> None:
+    source = tiny.make_model(tmp_path / "m", tokenizer=False)
+    with pytest.raises(CheckpointError, match="--no-verify") as e:
+        run(source, source)
+    assert "tokenizer" in str(e.value)
+
+
+def test_the_tokenizer_of_another_model_is_found_out(tmp_path: Path) -> None:
+    source = tiny.make_model(tmp_path / "m", vocab_size=100)
+    with pytest.raises(CheckpointError, match="another model"):
+        run(source, source)
+
+
+def test_a_map_is_taken_as_well(source: Path) -> None:
+    with open_checkpoint(source) as checkpoint:
+        outcome = verify(ParameterMap(checkpoint), source, bpw=4.5)
+    assert outcome.bpw == 4.5
+
+
+def test_progress_counts_to_its_total_and_cancelling_stops(source: Path) -> None:
+    events: list[Progress] = []
+    run(source, source, progress=events.append)
+    assert [e.done for e in events] == list(range(1, events[0].total + 1))
+    assert {(e.stage, e.unit) for e in events} == {("verify", "blocks")}
+    cancel = CancelToken()
+    seen: list[Progress] = []
+
+    def stop(event: Progress) -> None:
+        seen.append(event)
+        cancel.cancel()
+
+    with pytest.raises(Cancelled):
+        run(source, source, progress=stop, cancel=cancel)
+    assert len(seen) == 1
+
+
+def test_numpy_gives_the_same_numbers(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = converted(source, tmp_path / "out", 4)
+    outcomes = []
+    for backend in ("numpy", "mlx"):
+        monkeypatch.setenv("MLXQ_BACKEND", backend)
+        outcomes.append(run(source, out))
+    # float32 products in another order change logits by about 1e-6 of their size, and a KL of 0.01 by as much.
+    assert outcomes[0].kl == pytest.approx(outcomes[1].kl, rel=1e-3)
+    assert outcomes[0].perplexity_result == pytest.approx(outcomes[1].perplexity_result, rel=1e-5)
+
+
+def test_the_result_does_not_tell_time_and_renders(source: Path, tmp_path: Path) -> None:
+    outcome = run(source, converted(source, tmp_path / "out", 4))
+    told = outcome.to_dict()
+    assert told == json.loads(json.dumps(told, allow_nan=False))
+    assert not {"seconds", "peak_memory"} & set(told)
+    text = render(outcome)
+    assert "passed" in text
+    assert f"{outcome.kl:.4g} ± {outcome.kl_se:.2g} nats per token" in text
+    assert f"{outcome.perplexity_source:.2f} -> {outcome.perplexity_result:.2f}" in text
