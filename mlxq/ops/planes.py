@@ -11,7 +11,7 @@ NumPy has no fused kernels, so the decoding is arranged to need few passes over 
   product, and for few rows of `x` the scales multiply the sums of each group instead of every weight.
 
 Everything is float32, whatever the dtypes of the inputs were. Measured with 8192 x 768 weights of 4 bits on two Xeon
-cores: 1 row 2.2 ms (mlx 0.32.4: 3.7 ms), 8 rows 3 ms (29 ms), 512 rows 27 ms of which 18 ms are BLAS.
+cores: 1 row 2.7 ms (mlx 0.32.4: 3.7 ms), 8 rows 3.8 ms (29 ms), 512 rows 27 ms of which 18 ms are BLAS.
 """
 
 from __future__ import annotations
