@@ -19,6 +19,7 @@ import numpy as np
 from mlxq.architectures.registry import build_model
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.errors import CheckpointError
+from mlxq.ops.threads import in_own_thread
 from mlxq.types import ModuleKind, QuantizedTensor, TensorInfo
 
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -141,20 +142,22 @@ class ParameterMap:
 
     def _compute(self, name: str) -> np.ndarray:
         """Make a computed parameter. The last one is remembered, since it is read by rows."""
-        import mlx.core as mx
-
         with self._lock:
             if self._cached is None or self._cached[0] != name:
                 self._cached = None
-                needed = self._computed[name]
-                arrays = {
-                    source: self._load(info) if source in needed else self._placeholder(info)
-                    for source, info in self.checkpoint.tensors.items()
-                }
-                array = self._sanitize(arrays)[name]
-                array = array.view(mx.uint16) if array.dtype == mx.bfloat16 else array
-                self._cached = (name, np.array(array))
+                self._cached = (name, in_own_thread(lambda: self._compute_now(name)))
             return self._cached[1]
+
+    def _compute_now(self, name: str) -> np.ndarray:
+        import mlx.core as mx
+
+        needed = self._computed[name]
+        arrays = {
+            source: self._load(info) if source in needed else self._placeholder(info)
+            for source, info in self.checkpoint.tensors.items()
+        }
+        array = self._sanitize(arrays)[name]
+        return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
     def _load(self, info: TensorInfo) -> Any:
         import mlx.core as mx

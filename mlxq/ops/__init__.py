@@ -15,6 +15,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+from mlxq.api import public
 from mlxq.ops import validation
 from mlxq.ops.arrays import Kind, describe, import_mlx, indices_to_kind, to_kind
 from mlxq.ops.dispatch import Call, choose, device_of
@@ -22,6 +23,7 @@ from mlxq.ops.dispatch import Call, choose, device_of
 __all__ = ["dequantize", "gather_matmul", "gather_quantized_matmul", "matmul", "quantize", "quantized_matmul"]
 
 
+@public
 def quantize(w: Any, *, bits: int, group_size: int, mode: str = "affine", backend: str | None = None) -> tuple:
     """Quantize to the min/max grid of `mx.quantize`.
 
@@ -40,6 +42,7 @@ def quantize(w: Any, *, bits: int, group_size: int, mode: str = "affine", backen
     return tuple(to_kind(a, described.kind) for a in run.quantize(to_kind(w, kind), bits, group_size))
 
 
+@public
 def dequantize(
     w_q: Any,
     scales: Any,

@@ -3,9 +3,6 @@
 On the CPU mlx emulates half floats, rounding every step of a sum to them, ten times slower than float32 and more.
 Products with packed weights are therefore computed in float32 there and rounded once. A CPU stream of mlx is one
 thread: the product of a single row is split over several, 1.7 times as fast on two idle cores, with the same bits.
-
-A thread that has used mlx must call `mx.synchronize()` and `mx.clear_streams()` before it ends, or mlx 0.32 aborts the
-process at exit; that holds for mlx alone as well.
 """
 
 from __future__ import annotations

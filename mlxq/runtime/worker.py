@@ -13,6 +13,8 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Generic, TypeVar
 
+from mlxq.ops.threads import leave_mlx
+
 T = TypeVar("T")
 
 #: Items computed ahead of a caller.
@@ -79,6 +81,7 @@ def _loop() -> None:
         _advance(job)
         # A finished job's model must not stay alive while this thread waits.
         del job
+    leave_mlx()
 
 
 def _next_job() -> _Job | None:
