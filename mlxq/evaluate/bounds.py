@@ -20,17 +20,17 @@ structure left for rounding to spare, is the hardest that was met. From this fol
 - `suspicious_kl`, ratio 15, which small models exceed honestly. Beyond it the weights are compared too, and a tensor
   that is further from its source than rounding can bring it (`largest_rmse`) fails the proof. In the widened model at
   4 bits, one matrix of 210 with its rows shuffled moves the KL from 0.87 to 1.0 only: no bound on the KL finds that.
-- `kl_bound`, ratio 600, about six times the hardest model's at uniform bits: beyond it the result fails whatever its weights. It finds
-  what no tensor shows, such as a configuration other than the source's. There is no bound past 8 nats, as much as a
-  model with all its queries permuted or its head shifted by a row showed (7.3 to 12.8): rounding to 2 bits, and to 3 in
-  a small model, may do what any damage does.
+- `kl_bound`, ratio 600, about six times the hardest model's at uniform bits: beyond it the result fails whatever its
+  weights. It finds what no tensor shows, such as a configuration other than the source's. There is no bound past 8
+  nats, as much as a model with all its queries permuted or its head shifted by a row showed (8.1 and 12.3): rounding to
+  2 bits, and to 3 in a small model, may do what any damage does.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from mlxq.types import QuantSpec, TensorInfo
 
@@ -67,31 +67,35 @@ def largest_rmse(spec: QuantSpec | None) -> float:
     return min(1.05, 6 * expected_rmse(spec))
 
 
-def noise(tensors: Iterable[TensorInfo]) -> float:
-    """Energy of the relative error that the formats of a result's tensors predict; see this module's docstring."""
+def noise(tensors: Iterable[TensorInfo], exact: Collection[str] = ()) -> float:
+    """Energy of the relative error that the formats of a result's tensors predict; see this module's docstring.
+
+    `exact` names the tensors that hold what the source holds, in the same codes or the same float type: they add
+    nothing.
+    """
     blocks: list[float] = []
-    head = embedding = 0.0
+    head = embedding = other = 0.0
     tied = True
     for info in tensors:
+        energy = 0.0 if info.name in exact else expected_rmse(info.spec) ** 2
         if info.module == "other":
-            continue
-        energy = expected_rmse(info.spec) ** 2 if info.spec else 0.0
-        if info.module == "embedding":
+            other = max(other, energy)
+        elif info.module == "embedding":
             embedding = max(embedding, energy)
         elif _LAYER.search(info.name):
             blocks.append(energy)
         else:
             head, tied = max(head, energy), False
     mean = sum(blocks) / len(blocks) if blocks else 0.0
-    return mean + _EMBEDDING * embedding + _HEAD * (embedding if tied else head)
+    return mean + other + _EMBEDDING * embedding + _HEAD * (embedding if tied else head)
 
 
-def suspicious_kl(tensors: Iterable[TensorInfo]) -> float:
+def suspicious_kl(tensors: Iterable[TensorInfo], exact: Collection[str] = ()) -> float:
     """KL in nats per token up to which a result needs no second look."""
-    return _FLOOR + _SUSPICIOUS_RATIO * noise(tensors)
+    return _FLOOR + _SUSPICIOUS_RATIO * noise(tensors, exact)
 
 
-def kl_bound(tensors: Iterable[TensorInfo]) -> float:
+def kl_bound(tensors: Iterable[TensorInfo], exact: Collection[str] = ()) -> float:
     """KL in nats per token that a result cannot exceed honestly; infinite where it can be anything."""
-    bound = _FLOOR + _BOUND_RATIO * noise(tensors)
+    bound = _FLOOR + _BOUND_RATIO * noise(tensors, exact)
     return bound if bound < UNRELATED else math.inf

@@ -11,15 +11,15 @@ from mlxq.evaluate.verify import VerificationResult
 def render(result: VerificationResult) -> str:
     """What the proof measured, with the yardstick beside each number."""
     error = f" ± {result.kl_se:.2g}" if result.kl_se is not None else ""
-    limit = f"at most {result.kl_bound:.2g} expected here" if math.isfinite(result.kl_bound) else "no bound here"
+    bounded = math.isfinite(result.kl_bound)
+    limit = f"rounding explains at most {result.kl_bound:.2g}" if bounded else "rounding may explain any"
     before, after = result.perplexity_source, result.perplexity_result
-    change = f"{100 * (after / before - 1):+.1f} %" if math.isfinite(before) and math.isfinite(after) else "not finite"
     lines = [
         f"Proof over {result.n_tokens:,} tokens of {result.n_sequences} texts, source against result"
         f" ({'passed' if result.passed else 'FAILED'}):",
         f"  KL divergence    {result.kl:.4g}{error} nats per token ({limit})",
         f"  top-1 agreement  {100 * result.agreement:.1f} %",
-        f"  perplexity       {before:.2f} -> {after:.2f} ({change})",
+        f"  perplexity       {_perplexity(before)} -> {_perplexity(after)} ({_change(before, after)})",
         f"  took {result.seconds:.1f} s, peak memory {result.peak_memory / 1e6:,.0f} MB",
     ]
     lines += [f"  note: {note}" for note in result.notes]
@@ -49,6 +49,16 @@ def render_inspection(inspection: Inspection, *, tensors: bool = True) -> str:
         f"  memory to run at {inspection.memory.context:,} tokens: {inspection.memory}",
     ]
     return "\n".join(lines)
+
+
+def _perplexity(value: float) -> str:
+    return f"{value:.2f}" if value < 1e4 else f"{value:.3g}"
+
+
+def _change(before: float, after: float) -> str:
+    if not (math.isfinite(before) and math.isfinite(after)):
+        return "not finite"
+    return f"{100 * (after / before - 1):+.1f} %" if after < 10 * before else f"{after / before:.3g} times"
 
 
 def _bpw(value: float | None) -> str:

@@ -11,29 +11,35 @@ import numpy as np
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.evaluate.bounds import expected_rmse, largest_rmse
 from mlxq.formats.floats import dtype_of, to_float32
-from mlxq.types import CancelToken, QuantSpec
+from mlxq.types import CancelToken, QuantSpec, TensorInfo
 
 #: Weights compared at a time.
 _CHUNK = 1 << 22
+#: Relative RMSE of the same weights, should one format decode them with float16 arithmetic (roundoff 2^-11).
+_EXACT = 1e-3
 
 
 @dataclass(frozen=True)
 class TensorError:
-    """`rmse` is `|w_hat - w| / |w|` over the tensor `name` of a result, NaN where it is not finite."""
+    """`rmse` is `|w_hat - w| / |w|` over the tensor `name` of a result, NaN where it is not finite.
+
+    `exact` says that it holds the source's own codes or floats.
+    """
 
     name: str
     rmse: float
     spec: QuantSpec | None
+    exact: bool = False
 
     @property
     def expected(self) -> float:
         """What rounding to the tensor's format causes in ordinary weights."""
-        return expected_rmse(self.spec)
+        return _EXACT if self.exact else expected_rmse(self.spec)
 
     @property
     def broken(self) -> bool:
         """Whether it is further from its source than rounding can bring it."""
-        return not self.rmse <= largest_rmse(self.spec)
+        return not self.rmse <= (_EXACT if self.exact else largest_rmse(self.spec))
 
     @property
     def excess(self) -> float:
@@ -42,8 +48,9 @@ class TensorError:
 
     def __str__(self) -> str:
         size = f"{self.rmse:.2g}" if math.isfinite(self.rmse) else "not finite"
-        what = str(self.spec) if self.spec else "float"
-        return f"{self.name} (relative RMSE {size}, {what} explains {self.expected:.2g})"
+        format_ = str(self.spec) if self.spec else "float"
+        what = f"{format_} as in the source" if self.exact else f"{format_} explains {self.expected:.2g}"
+        return f"{self.name} (relative RMSE {size}, {what})"
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -51,6 +58,13 @@ class TensorError:
             "relative_rmse": self.rmse if math.isfinite(self.rmse) else None,
             "expected": self.expected,
         }
+
+
+def same_format(source: TensorInfo | None, result: TensorInfo) -> bool:
+    """Whether a tensor of a result holds the source's own codes, or its floats in the same type."""
+    if source is None or source.spec != result.spec:
+        return False
+    return source.scales_dtype == result.scales_dtype if result.spec else source.dtype == result.dtype
 
 
 def tensor_errors(source: ParameterMap, result: ParameterMap, cancel: CancelToken | None = None) -> list[TensorError]:
@@ -64,7 +78,11 @@ def tensor_errors(source: ParameterMap, result: ParameterMap, cancel: CancelToke
     for name, info in result.tensors.items():
         if name not in source.tensors or source.tensors[name].shape != info.shape:
             continue
-        errors.append(TensorError(name, _relative_rmse(source, result, name, cancel), info.spec))
+        errors.append(
+            TensorError(
+                name, _relative_rmse(source, result, name, cancel), info.spec, same_format(source.tensors[name], info)
+            )
+        )
     return sorted(errors, key=lambda e: -e.excess)
 
 

@@ -22,7 +22,7 @@ from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError
 from mlxq.evaluate.bounds import kl_bound, suspicious_kl
 from mlxq.evaluate.divergence import Accumulator, Divergence, score_tokens
-from mlxq.evaluate.tensors import TensorError, tensor_errors
+from mlxq.evaluate.tensors import TensorError, same_format, tensor_errors
 from mlxq.evaluate.texts import token_sequences
 from mlxq.types import CancelToken, Progress, ProgressCallback
 
@@ -126,10 +126,11 @@ def verify(
             )
         divergence, notes = _Comparison(parameters, result, sequences, progress, cancel).run()
         tensors = list(result.tensors.values())
+        exact = {t.name for t in tensors if same_format(parameters.tensors.get(t.name), t)}
         # A comparison with NaN is false, so this holds for a divergence that is not finite too.
-        suspicious = not divergence.kl <= suspicious_kl(tensors)
+        suspicious = not divergence.kl <= suspicious_kl(tensors, exact)
         errors = tensor_errors(parameters, result, cancel) if suspicious else []
-        bound = kl_bound(tensors)
+        bound = kl_bound(tensors, exact)
         reason = _failure(divergence, bound, bpw, errors)
         notes += _remarks(divergence, bound, suspicious, _vocabulary(parameters.checkpoint))
     return VerificationResult(
@@ -260,7 +261,7 @@ def _remarks(divergence: Divergence, bound: float, compared: bool, vocabulary: i
     notes = []
     if compared and math.isinf(bound):
         notes.append("at these bits rounding may change predictions without bound; every tensor was compared instead")
-    if vocabulary and divergence.nll_result > math.log(vocabulary):
+    if vocabulary and divergence.nll_source <= math.log(vocabulary) < divergence.nll_result:
         notes.append("the result predicts text worse than chance does: use more bits")
     return tuple(notes)
 

@@ -77,5 +77,12 @@ def test_a_tied_embedding_counts_as_the_head_too() -> None:
     assert noise(tied) == pytest.approx(noise(_model(8, head=4, embedding=4)))
 
 
-def test_a_float_model_has_no_noise() -> None:
-    assert noise(_model(None, head=None, embedding=None)) == 0
+def test_what_is_taken_over_exactly_has_no_noise() -> None:
+    model = _model(4)
+    names = {t.name for t in model}
+    assert noise(model, names) == 0
+    assert 0 < kl_bound(model, names) < 0.01, "then hardly any divergence is honest"
+    assert noise(model, names - {"model.layers.0.mlp.up_proj.weight"}) == pytest.approx(
+        expected_rmse(QuantSpec(4, 64)) ** 2 / 4
+    )
+    assert noise(model, names - {"model.norm.weight"}) == expected_rmse(None) ** 2

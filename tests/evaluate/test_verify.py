@@ -101,6 +101,18 @@ def test_codes_taken_over_from_the_source_diverge_by_nothing(source: Path, tmp_p
     convert(quantized, tmp_path / "again", verify=False)
     outcome = run(quantized, tmp_path / "again")
     assert (outcome.kl, outcome.agreement, outcome.passed) == (0.0, 1.0, True)
+    assert outcome.kl_bound < 0.01
+
+
+def test_codes_taken_over_wrongly_fail_at_once(source: Path, tmp_path: Path) -> None:
+    """An error of a size that rounding explains is not explained where nothing is rounded."""
+    quantized = converted(source, tmp_path / "quantized", 4)
+    convert(quantized, tmp_path / "again", verify=False)
+    scales = stored(tmp_path / "again", f"{DOWN}.scales")
+    change(tmp_path / "again", **{f"{DOWN}.scales".replace(".", "__"): scales * 1.5})
+    outcome = run(quantized, tmp_path / "again")
+    expect_broken(outcome, f"{DOWN}.weight")
+    assert "as in the source" in outcome.failure
 
 
 def test_perplexity_is_that_of_the_logits(source: Path) -> None:
@@ -227,4 +239,5 @@ def test_the_result_does_not_tell_time_and_renders(source: Path, tmp_path: Path)
     text = render(outcome)
     assert "passed" in text
     assert f"{outcome.kl:.4g} ± {outcome.kl_se:.2g} nats per token" in text
-    assert f"{outcome.perplexity_source:.2f} -> {outcome.perplexity_result:.2f}" in text
+    assert f"{outcome.perplexity_source:.3g} -> {outcome.perplexity_result:.3g}" in text
+    assert "chance" not in text, "the source of random weights is no better"
