@@ -199,6 +199,24 @@ def test_only_one_block_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert {n for s in most for n in s} >= {f"model.layers.{i}" for i in range(4)}
 
 
+def test_memory_does_not_grow_with_the_blocks(tmp_path: Path) -> None:
+    """By mlx's own count of bytes in use, which finds arrays that something else still holds."""
+    path = save(tmp_path / "m", {**config_of("llama"), "num_hidden_layers": 12, "hidden_size": 128})
+    held: list[int] = []
+    with open_checkpoint(path) as checkpoint:
+        parameter_map = ParameterMap(checkpoint)
+        block = sum(t.size for n, t in parameter_map.tensors.items() if n.startswith("model.layers.0."))
+        before = mx.get_active_memory()
+        with StreamedModel(parameter_map) as streamed:
+            streamed.run(SEQUENCES, lambda done, total: held.append(mx.get_active_memory() - before))
+            streamed.logits(np.arange(3))
+        after = mx.get_active_memory() - before
+    assert len(held) == 12
+    # Each block takes its 4 bytes a weight while it runs; a tenth of one is room for activations.
+    assert held[-1] - held[0] < 0.1 * 4 * block
+    assert after < 0.1 * 4 * block
+
+
 def test_a_model_without_a_trunk_is_run_whole_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "m", config_of("llama"))
 
