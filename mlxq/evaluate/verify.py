@@ -118,14 +118,10 @@ def verify(
     sequences = _sequences(parameters.checkpoint)
     with open_checkpoint(result_path) as checkpoint:
         result = ParameterMap(checkpoint)
-        if bpw is None:
-            bpw = (
-                8
-                * sum(t.nbytes for t in result.tensors.values())
-                / max(sum(t.size for t in result.tensors.values()), 1)
-            )
-        divergence, notes = _Comparison(parameters, result, sequences, progress, cancel).run()
         tensors = list(result.tensors.values())
+        if bpw is None:
+            bpw = 8 * sum(t.nbytes for t in tensors) / max(sum(t.size for t in tensors), 1)
+        divergence, notes = _Comparison(parameters, result, sequences, progress, cancel).run()
         exact = {t.name for t in tensors if same_format(parameters.tensors.get(t.name), t)}
         # A comparison with NaN is false, so this holds for a divergence that is not finite too.
         suspicious = not divergence.kl <= suspicious_kl(tensors, exact)

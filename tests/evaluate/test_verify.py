@@ -13,7 +13,7 @@ import tiny
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion import convert
-from mlxq.errors import Cancelled, CheckpointError
+from mlxq.errors import Cancelled, CheckpointError, VerificationError
 from mlxq.evaluate.report import render
 from mlxq.evaluate.verify import VerificationResult, verify
 from mlxq.types import CancelToken, Progress
@@ -173,6 +173,26 @@ def test_a_configuration_that_differs_fails_though_no_tensor_does(source: Path, 
     outcome = run(source, out)
     assert not outcome.passed
     assert "no tensor is out of line" in outcome.failure
+
+
+def test_a_conversion_that_breaks_a_tensor_names_it_and_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxq import conversion
+
+    quantize = conversion.rtn.quantize
+    down_shape = tiny.llama_shapes(tiny.LLAMA)[f"{DOWN}.weight"]
+
+    def wrong(w: np.ndarray, *args: object) -> object:
+        return quantize(np.roll(w, 1, axis=0) if w.shape == down_shape else w, *args)
+
+    monkeypatch.setattr(conversion.rtn, "quantize", wrong)
+    with pytest.raises(VerificationError, match="2 of 21 tensors") as e:
+        convert(source, tmp_path / "out", bits=4)
+    assert "\n" not in str(e.value)
+    assert f"{DOWN}.weight" in str(e.value)
+    assert "lm_head" not in str(e.value)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_broken_source_is_an_error_that_names_it(tmp_path: Path) -> None:
