@@ -12,8 +12,8 @@ from typing import Any
 
 #: Tokens by which mlx-lm's caches grow (`KVCache.step`).
 _CACHE_STEP = 256
-#: Tokens of a prompt that are computed at once, for the estimate of activations.
-PROMPT_CHUNK = 512
+#: Tokens of a prompt that are computed at once, for the estimate of activations: the runtime's chunk on a GPU.
+PROMPT_CHUNK = 2048
 
 #: Architectures of mlx-lm that cache the compressed latent of multi-head latent attention; others with such
 #: attention expand it to full heads before they cache it.
