@@ -248,7 +248,7 @@ def _verify(
 
     outcome = verify(parameters, result, bpw=plan.bpw, progress=progress, cancel=cancel)
     if not outcome.passed:
-        raise VerificationError(outcome.failure)
+        raise VerificationError(f"{parameters.checkpoint.path}: {outcome.failure}; nothing was written")
     return outcome
 
 

@@ -113,6 +113,8 @@ def verify(
             cannot be read.
         Cancelled: through `cancel`.
     """
+    from mlxq.runtime.memory import peak_memory
+
     began = time.perf_counter()
     parameters = source if isinstance(source, ParameterMap) else ParameterMap(source)
     sequences = _sequences(parameters.checkpoint)
@@ -144,7 +146,7 @@ def verify(
         worst_tensors=tuple(errors[:_NAMED]) if reason else (),
         notes=notes,
         seconds=time.perf_counter() - began,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
     )
 
 
@@ -260,12 +262,6 @@ def _remarks(divergence: Divergence, bound: float, compared: bool, vocabulary: i
     if vocabulary and divergence.nll_source <= math.log(vocabulary) < divergence.nll_result:
         notes.append("the result predicts text worse than chance does: use more bits")
     return tuple(notes)
-
-
-def _peak_memory() -> int:
-    from mlxq.runtime.generate import _peak_memory
-
-    return _peak_memory()
 
 
 def _rounded(x: float | None) -> float | None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
-import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING
 from mlxq.api import public
 from mlxq.errors import GenerationError
 from mlxq.runtime.decoding import Finished, FinishReason, Request, decode
+from mlxq.runtime.memory import peak_memory
 from mlxq.runtime.sampling import check_options
 from mlxq.runtime.tokenizer import Detokenizer, Messages
 from mlxq.runtime.worker import iterate
@@ -219,16 +218,5 @@ def _result(request: Request, finished: Finished, ids: list[int], text: str) -> 
         generation_tokens=len(ids),
         prompt_tokens_per_second=len(request.prompt) / finished.prompt_seconds if finished.prompt_seconds else 0.0,
         generation_tokens_per_second=(computed - 1) / seconds if computed > 1 and seconds > 0 else 0.0,
-        peak_memory=_peak_memory(),
+        peak_memory=peak_memory(),
     )
-
-
-def _peak_memory() -> int:
-    from mlxq.runtime.weights import on_accelerator
-
-    if on_accelerator():
-        import mlx.core as mx
-
-        return mx.get_peak_memory()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
