@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError, FormatError, OutputError, VerificationError
 from mlxq.formats import floats
+from mlxq.ops.threads import map_in_threads
 from mlxq.plan.planner import Plan, PlanOptions, make_plan
 from mlxq.quantizers import rtn
 from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, QuantizedTensor, TensorPlan
@@ -124,6 +126,14 @@ def convert(
         return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(job.notes))
 
 
+class _Chunk(NamedTuple):
+    """Some rows of a planned tensor, and where they go."""
+
+    writer: SafetensorsWriter
+    plan: TensorPlan
+    rows: slice | None
+
+
 class _Job:
     """Streams every planned tensor from source to writer, some rows at a time, on a few threads."""
 
@@ -139,50 +149,54 @@ class _Job:
     def write_weights(self, directory: Path) -> tuple[dict[str, str], dict[str, str]]:
         """Write the shards; returns the SHA-256 of each shard and of each source file."""
         writer = SafetensorsWriter(directory, [mlx_writer.entries(p) for p in self.plan.tensors])
-        threads = min(os.cpu_count() or 1, _MAX_THREADS)
+        n_threads = min(os.cpu_count() or 1, _MAX_THREADS)
         done, total = 0, sum(p.info.nbytes for p in self.plan.tensors)
+        sources: dict[str, str] = {}
+        work = itertools.chain(self.parameters.checkpoint.files(), self._chunks(writer))
+        results = map_in_threads(self._run, work, n_threads)
         try:
-            with ThreadPoolExecutor(threads, thread_name_prefix="mlxq-convert") as pool:
-                digests = [(f.name, pool.submit(sha256, f)) for f in self.parameters.checkpoint.files()]
-                chunks = [pool.submit(self._convert, writer, p, rows) for p, rows in self._chunks()]
-                try:
-                    for future in as_completed(chunks):
-                        name, nbytes = future.result()
-                        done += nbytes
-                        if self.progress:
-                            self.progress(Progress("quantize", min(done, total), total, "bytes", name))
-                    sources = {name: future.result() for name, future in digests}
-                except BaseException:
-                    _stop(chunks + [f for _, f in digests])
-                    raise
+            with contextlib.closing(results):
+                for name, outcome in results:
+                    if isinstance(outcome, str):
+                        sources[name] = outcome
+                        continue
+                    done += outcome
+                    if self.progress:
+                        self.progress(Progress("quantize", min(done, total), total, "bytes", name))
             self._note_rounding()
             return writer.close(), sources
         finally:
             writer.abort()
 
-    def _chunks(self) -> Iterator[tuple[TensorPlan, slice | None]]:
+    def _run(self, work: Path | _Chunk) -> tuple[str, str | int]:
+        """Digest of a source file, or source bytes converted."""
+        self.cancel.check()
+        if isinstance(work, Path):
+            return work.name, sha256(work, self.cancel.check)
+        return work.plan.info.name, self._convert(work)
+
+    def _chunks(self, writer: SafetensorsWriter) -> Iterator[_Chunk]:
         for p in self.plan.tensors:
             if not p.info.shape:
-                yield p, None
+                yield _Chunk(writer, p, None)
                 continue
             n = p.info.shape[0]
             row_bytes = max(p.info.size // max(n, 1) * 4, 1)
             step = max(_CHUNK_BYTES // row_bytes, 1)
             for start in range(0, n, step):
-                yield p, slice(start, min(start + step, n))
+                yield _Chunk(writer, p, slice(start, min(start + step, n)))
 
-    def _convert(self, writer: SafetensorsWriter, plan: TensorPlan, rows: slice | None) -> tuple[str, int]:
-        self.cancel.check()
-        name = plan.info.name
+    def _convert(self, chunk: _Chunk) -> int:
+        plan, rows = chunk.plan, chunk.rows
         start, count = (rows.start, rows.stop - rows.start) if rows else (0, 1)
         total = plan.info.shape[0] if rows else 1
         try:
             parts = self._parts(plan, rows)
         except FormatError as e:
-            raise FormatError(f"{name}: {e}") from e
+            raise FormatError(f"{plan.info.name}: {e}") from e
         for entry, part in zip(mlx_writer.entries(plan), parts, strict=True):
-            writer.write(entry.name, part.data, entry.nbytes // total * start)
-        return name, plan.info.nbytes * count // total
+            chunk.writer.write(entry.name, part.data, entry.nbytes // total * start)
+        return plan.info.nbytes * count // total
 
     def _parts(self, plan: TensorPlan, rows: slice | None) -> list[Any]:
         name = plan.info.name
@@ -225,11 +239,6 @@ class _Job:
 
 def _contiguous(q: QuantizedTensor) -> list[Any]:
     return [np.ascontiguousarray(a) for a in (q.w_q, q.scales, q.biases)]
-
-
-def _stop(futures: list[Future[Any]]) -> None:
-    for f in futures:
-        f.cancel()
 
 
 def _output_path(output: str | os.PathLike[str] | None, source: str | os.PathLike[str]) -> Path:

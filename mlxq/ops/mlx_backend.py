@@ -24,6 +24,11 @@ def quantize(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.arra
     return mx.quantize(w, group_size=group_size, bits=bits)
 
 
+def quantize_on_cpu(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    """`quantize` with the CPU's codes, whatever the default device: Metal's kernel rounds in other details."""
+    return mx.quantize(w, group_size=group_size, bits=bits, stream=mx.cpu)
+
+
 def dequantize(
     w_q: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int, dtype: str | None
 ) -> mx.array:

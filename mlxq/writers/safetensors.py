@@ -11,7 +11,8 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,13 +111,19 @@ class SafetensorsWriter:
         if short:
             self.abort()
             raise OutputError(f"{len(short)} tensors were not written whole: {short[0]}")
+        # Syncing waits for the disk and hashing for a core: together they take as long as the slower one.
+        with writing(self.directory), ThreadPoolExecutor(1) as pool:
+            synced = [pool.submit(os.fsync, fd) for fd in self._fds]
+            digests = {name: sha256(self.directory / name) for name in self._names}
+            for future in synced:
+                future.result()
         self.abort()
         weight_map = {name: self._names[place[0]] for name, place in sorted(self._place.items())}
         index = {"metadata": {"total_size": sum(p[2] for p in self._place.values())}, "weight_map": weight_map}
         with writing(self.directory):
             path = self.directory / "model.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        return {name: sha256(self.directory / name) for name in self._names}
+        return digests
 
     def abort(self) -> None:
         """Close the files as they are."""
@@ -125,13 +132,14 @@ class SafetensorsWriter:
         self._fds = []
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces."""
+def sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
+    """Hexadecimal SHA-256 of a file, read in pieces; `check` is called before each and may raise."""
     digest = hashlib.sha256()
     buffer = bytearray(1 << 20)
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as f:
         while n := f.readinto(buffer):
+            check()
             digest.update(view[:n])
     return digest.hexdigest()
 

@@ -14,6 +14,8 @@ from mlxq.ops.dispatch import Call, choose
     ("call", "backend"),
     [
         (Call("quantize", "host"), "numpy"),
+        (Call("quantize", "host, mlx loaded"), "mlx"),
+        (Call("dequantize", "host, mlx loaded"), "numpy"),
         (Call("quantized_matmul", "host", 1), "numpy"),
         (Call("quantized_matmul", "gpu", 1), "mlx"),
         (Call("quantized_matmul", "gpu", 512), "mlx"),
@@ -37,7 +39,7 @@ def test_every_row_of_the_table_is_reached_by_some_call():
     calls = [
         Call(op, device, rows)
         for op in ("quantize", "dequantize", "matmul", "quantized_matmul")
-        for device in ("host", "cpu", "gpu")
+        for device in ("host", "host, mlx loaded", "cpu", "gpu")
         for rows in (1, 512)
     ]
     assert {dispatch.reason(call) for call in calls} == {row.reason for row in dispatch._TABLE}
