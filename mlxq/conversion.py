@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import itertools
 import os
-import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any
 
 from mlxq.api import public
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
+from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.errors import CheckpointError, FormatError, OutputError, VerificationError
-from mlxq.formats import floats
-from mlxq.ops.threads import map_in_threads
+from mlxq.errors import CheckpointError, OutputError, VerificationError
 from mlxq.plan.planner import Plan, PlanOptions, make_plan
-from mlxq.quantizers import rtn
-from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, QuantizedTensor, TensorPlan
+from mlxq.types import CancelToken, ProgressCallback
 from mlxq.writers import mlx as mlx_writer
 from mlxq.writers.manifest import NAME as MANIFEST
 from mlxq.writers.manifest import manifest_json
 from mlxq.writers.output import OutputDirectory
-from mlxq.writers.safetensors import SafetensorsWriter, sha256
+from mlxq.writers.safetensors import sha256
+from mlxq.writers.stream import WeightStream
 
-#: Source bytes of the rows that one thread has in hand: large enough to amortize calls, small enough that a few
-#: of them stay far below one tensor of a large model.
-_CHUNK_BYTES = 8 << 20
-_MAX_THREADS = 8
+#: Room for tokenizer, configuration and manifest, beside the weights.
+_OTHER_FILES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -54,13 +46,14 @@ def convert(
     bits: int | None = None,
     group_size: int | None = None,
     recipe: str | None = None,
-    tensor_types: Sequence[str] = (),
-    keep: Sequence[str] = (),
+    tensor_types: str | Sequence[str] = (),
+    keep: str | Sequence[str] = (),
     dtype: str | None = None,
     revision: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
     dry_run: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
 ) -> ConversionResult:
@@ -78,14 +71,15 @@ def convert(
         overwrite: replace an existing model directory, on success only.
         verify: run source and result over a short text, and fail when the result is broken.
         dry_run: plan only; nothing is read but headers, nothing is written.
+        on_plan: called with the plan, before any work.
         progress: called with `Progress` events, from this thread.
         cancel: stops the conversion within one chunk of rows.
 
     Raises:
         MlxqError: a subclass for each stage; nothing is left at `output` then.
     """
-    options = PlanOptions(bits, group_size, recipe, tuple(tensor_types), tuple(keep), dtype)
-    stage = None if dry_run else OutputDirectory(_output_path(output, source), overwrite=overwrite)
+    options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype)
+    stage = None if dry_run else OutputDirectory(_output_path(output), overwrite=overwrite)
     with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
         parameters = ParameterMap(checkpoint)
         plan = make_plan(
@@ -95,159 +89,55 @@ def convert(
             cast_protected=parameters.cast_protected,
             dropped=parameters.dropped,
         )
+        if on_plan:
+            on_plan(plan)
         if stage is None:
             return ConversionResult(None, plan, checkpoint.config)
+        _refuse_source(stage.path, checkpoint.path)
         companions = checkpoint.companion_files()
-        if not any(n in companions for n in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
-            raise CheckpointError(
-                f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) beside the weights"
-            )
-        job = _Job(parameters, plan, progress, cancel or CancelToken())
-        stage.check_space(plan.nbytes + (16 << 20))
+        if not is_tokenizer(companions):
+            raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
+        stage.check_space(plan.nbytes + _OTHER_FILES)
+        weights = WeightStream(parameters, plan, progress, cancel or CancelToken())
         with stage:
             for name, content in companions.items():
                 stage.write(name, content)
             stage.write("config.json", mlx_writer.config_json(checkpoint.config, plan.tensors, plan.dtype))
-            weights, source_files = job.write_weights(stage.stage)
+            digests = weights.write(stage.stage)
             verification = _verify(parameters, stage.stage, plan, progress, cancel) if verify else None
-            files = {name: sha256(stage.stage / name) for name in ("config.json", *companions)} | weights
+            files = digests.written | {name: sha256(stage.stage / name) for name in ("config.json", *companions)}
             stage.write(
                 MANIFEST,
                 manifest_json(
-                    source=_describe(source, checkpoint, source_files),
+                    source=_describe(source, checkpoint, digests.source),
                     options=_options(options),
                     plan=plan,
                     files=dict(sorted(files.items())),
                     verification=verification.to_dict() if verification else None,
-                    notes=job.notes,
+                    notes=weights.notes,
                 ),
             )
             stage.commit()
-        return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(job.notes))
+        return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(weights.notes))
 
 
-class _Chunk(NamedTuple):
-    """Some rows of a planned tensor, and where they go."""
-
-    writer: SafetensorsWriter
-    plan: TensorPlan
-    rows: slice | None
+def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
 
 
-class _Job:
-    """Streams every planned tensor from source to writer, some rows at a time, on a few threads."""
-
-    def __init__(self, parameters: ParameterMap, plan: Plan, progress: ProgressCallback | None, cancel: CancelToken):
-        self.parameters = parameters
-        self.plan = plan
-        self.progress = progress
-        self.cancel = cancel
-        self.notes: list[str] = []
-        self._rounding: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    def write_weights(self, directory: Path) -> tuple[dict[str, str], dict[str, str]]:
-        """Write the shards; returns the SHA-256 of each shard and of each source file."""
-        writer = SafetensorsWriter(directory, [mlx_writer.entries(p) for p in self.plan.tensors])
-        n_threads = min(os.cpu_count() or 1, _MAX_THREADS)
-        done, total = 0, sum(p.info.nbytes for p in self.plan.tensors)
-        sources: dict[str, str] = {}
-        work = itertools.chain(self.parameters.checkpoint.files(), self._chunks(writer))
-        results = map_in_threads(self._run, work, n_threads)
-        try:
-            with contextlib.closing(results):
-                for name, outcome in results:
-                    if isinstance(outcome, str):
-                        sources[name] = outcome
-                        continue
-                    done += outcome
-                    if self.progress:
-                        self.progress(Progress("quantize", min(done, total), total, "bytes", name))
-            self._note_rounding()
-            return writer.close(), sources
-        finally:
-            writer.abort()
-
-    def _run(self, work: Path | _Chunk) -> tuple[str, str | int]:
-        """Digest of a source file, or source bytes converted."""
-        self.cancel.check()
-        if isinstance(work, Path):
-            return work.name, sha256(work, self.cancel.check)
-        return work.plan.info.name, self._convert(work)
-
-    def _chunks(self, writer: SafetensorsWriter) -> Iterator[_Chunk]:
-        for p in self.plan.tensors:
-            if not p.info.shape:
-                yield _Chunk(writer, p, None)
-                continue
-            n = p.info.shape[0]
-            row_bytes = max(p.info.size // max(n, 1) * 4, 1)
-            step = max(_CHUNK_BYTES // row_bytes, 1)
-            for start in range(0, n, step):
-                yield _Chunk(writer, p, slice(start, min(start + step, n)))
-
-    def _convert(self, chunk: _Chunk) -> int:
-        plan, rows = chunk.plan, chunk.rows
-        start, count = (rows.start, rows.stop - rows.start) if rows else (0, 1)
-        total = plan.info.shape[0] if rows else 1
-        try:
-            parts = self._parts(plan, rows)
-        except FormatError as e:
-            raise FormatError(f"{plan.info.name}: {e}") from e
-        for entry, part in zip(mlx_writer.entries(plan), parts, strict=True):
-            chunk.writer.write(entry.name, part.data, entry.nbytes // total * start)
-        return plan.info.nbytes * count // total
-
-    def _parts(self, plan: TensorPlan, rows: slice | None) -> list[Any]:
-        name = plan.info.name
-        if plan.action == "repack":
-            q = self.parameters.read_quantized(name, rows)
-            return _contiguous(q)
-        w = self.parameters.read(name, rows)
-        if plan.spec is not None:
-            return _contiguous(rtn.quantize(w, plan.spec, plan.dtype))
-        if plan.dtype not in FLOAT_BYTES:
-            return [w]
-        return [self._cast(plan, w)]
-
-    def _cast(self, plan: TensorPlan, w: Any) -> Any:
-        """A kept tensor in its stored dtype; what rounding changes is noted."""
-        if not floats.all_finite(w):
-            raise FormatError("a weight is NaN or infinite")
-        dtype = floats.dtype_of(w)
-        if dtype == plan.dtype:
-            return w
-        exact = floats.to_float32(w, dtype)
-        cast = floats.from_float32(exact, plan.dtype)
-        if not floats.all_finite(cast):
-            raise FormatError(f"the weights exceed the range of {plan.dtype}; choose another --dtype")
-        largest = abs(exact).max(initial=0)
-        error = abs(floats.to_float32(cast, plan.dtype) - exact).max(initial=0) / largest if largest else 0.0
-        with self._lock:
-            self._rounding[plan.info.name] = max(self._rounding.get(plan.info.name, 0.0), float(error))
-        return cast
-
-    def _note_rounding(self) -> None:
-        rounded = {name: error for name, error in self._rounding.items() if error}
-        if rounded:
-            worst = max(rounded, key=lambda n: rounded[n])
-            self.notes.append(
-                f"{len(rounded)} kept tensors were rounded to {self.plan.dtype}; the largest error is "
-                f"{rounded[worst]:.1e} of the tensor's maximum, in {worst}"
-            )
-
-
-def _contiguous(q: QuantizedTensor) -> list[Any]:
-    return [np.ascontiguousarray(a) for a in (q.w_q, q.scales, q.biases)]
-
-
-def _output_path(output: str | os.PathLike[str] | None, source: str | os.PathLike[str]) -> Path:
-    if output is None:
+def _output_path(output: str | os.PathLike[str] | None) -> Path:
+    if output is None or not os.fspath(output):
         raise OutputError("no output directory given")
-    path, origin = Path(os.path.realpath(output)), Path(os.path.realpath(source))
-    if path == origin or path in origin.parents:
+    return Path(output).expanduser()
+
+
+def _refuse_source(output: Path, source: Path) -> None:
+    """An output must neither hold its source nor lie in it. Files are compared, not names: names may differ in case."""
+    above = [p for p in (output, *output.resolve().parents) if p.exists()]
+    if output.exists() and any(output.samefile(p) for p in (source, *source.resolve().parents)):
         raise OutputError(f"{output} holds the source; choose another output")
-    return Path(output)
+    if any(p.samefile(source) for p in above):
+        raise OutputError(f"{output} lies in the source directory; choose another output")
 
 
 def _verify(
@@ -264,7 +154,10 @@ def _verify(
 def _describe(source: Any, checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
     text = os.fspath(source)
     name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
-    return {"name": name, "kind": checkpoint.kind, "files": dict(sorted(files.items()))}
+    described: dict[str, Any] = {"name": name, "kind": checkpoint.kind}
+    if checkpoint.path.parent.name == "snapshots":
+        described["commit"] = checkpoint.path.name
+    return described | {"files": dict(sorted(files.items()))}
 
 
 def _options(options: PlanOptions) -> dict[str, Any]:

@@ -33,5 +33,9 @@ class GenerationError(MlxqError):
     """Text cannot be generated: prompt longer than the context, no chat template, non-finite logits."""
 
 
+class UsageError(MlxqError):
+    """The command line was used in a way that it does not have: a misspelt option, a missing argument."""
+
+
 class Cancelled(MlxqError):
     """The caller cancelled the work through its `CancelToken`."""

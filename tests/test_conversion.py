@@ -20,7 +20,6 @@ from mlxq.errors import (
     Cancelled,
     CheckpointError,
     FormatError,
-    MlxqError,
     OutputError,
     PlanError,
     VerificationError,
@@ -63,7 +62,7 @@ def test_tensors_equal_mx_quantize_and_load_in_stock_mlx_lm(tmp_path, source, bi
             assert mx.array_equal(stored[p.info.name], w).item()
             continue
         path = p.info.name.removesuffix("weight")
-        expected = mx.quantize(w, p.spec.group_size, p.spec.bits)
+        expected = mx.quantize(w, p.spec.group_size, p.spec.bits, stream=mx.cpu)
         for part, value in zip(("weight", "scales", "biases"), expected, strict=True):
             assert stored[path + part].dtype == value.dtype
             assert mx.array_equal(stored[path + part], value).item(), path + part
@@ -155,7 +154,8 @@ def test_mixture_of_experts_converts_and_loads(tmp_path):
 
     model, _ = load(str(tmp_path / "out"))
     assert mx.isfinite(model(mx.array([[1, 2, 3]]))).all().item()
-    w = mx.quantize(mx.array(tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]).astype(mx.bfloat16), 64, 4)
+    expert = mx.array(tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]).astype(mx.bfloat16)
+    w = mx.quantize(expert, 64, 4, stream=mx.cpu)
     assert mx.array_equal(model.layers[1].block_sparse_moe.switch_mlp.gate_proj.weight[2], w[0]).item()
 
 
@@ -202,14 +202,24 @@ def test_illegal_options_fail_before_the_source_is_looked_at(tmp_path, options, 
     expect(PlanError, [word], tmp_path / "nowhere", tmp_path, **options)
 
 
-def test_output_that_exists_or_holds_the_source(tmp_path, source):
+def test_output_that_exists_or_holds_the_source(tmp_path, source, monkeypatch):
+    before = sorted(p.name for p in source.iterdir())
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="--overwrite"):
         convert(source, tmp_path / "out", verify=False)
-    for output in (source, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(source, target_is_directory=True)
+    for origin, output in ((source, source), ("~/source", source), (source, "~/source"), (tmp_path / "link", source)):
         with pytest.raises(OutputError, match="holds the source"):
-            convert(source, output, verify=False, overwrite=True)
-    assert (source / "model.safetensors").exists()
+            convert(origin, output, verify=False, overwrite=True)
+    with pytest.raises(OutputError):
+        convert(source, tmp_path, verify=False, overwrite=True)
+    with pytest.raises(OutputError, match="lies in the source"):
+        convert(source, source / "deep" / "out", verify=False)
+    with pytest.raises(OutputError, match="no output"):
+        convert(source, "", verify=False)
+    assert sorted(p.name for p in source.iterdir()) == before
 
 
 def test_unwritable_output(tmp_path, source):
@@ -264,7 +274,7 @@ def test_disk_full_in_the_middle(tmp_path, source):
 
 @pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_disk_full_on_a_small_file_system(tmp_path, source):
-    disk = tmp_path / "source" / "disk"
+    disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("mounting is not allowed here")
@@ -305,18 +315,34 @@ def test_killed_in_the_middle_then_run_again(tmp_path, source, sign):
     assert left(tmp_path) == ["out"]
 
 
-def test_cancel_from_another_thread(tmp_path, source):
+@pytest.mark.parametrize("stage", ["quantize", "write", "verify"])
+def test_cancel_in_every_stage(tmp_path, source, stage):
     token = mlxq.CancelToken()
-    threading.Timer(0.0, token.cancel).start()
-    token_seen = []
 
     def progress(event):
-        token.cancel()
-        token_seen.append(event)
+        if event.stage == stage:
+            thread = threading.Thread(target=token.cancel)
+            thread.start()
+            thread.join()
 
     with pytest.raises(Cancelled):
         convert(source, tmp_path / "out", cancel=token, progress=progress)
     assert left(tmp_path) == []
+
+
+def test_plan_comes_before_work_and_one_pattern_needs_no_list(tmp_path, source):
+    plans = []
+    result = convert(
+        source,
+        tmp_path / "out",
+        keep="lm_head",
+        tensor_types="v_proj=8",
+        verify=False,
+        on_plan=plans.append,
+        progress=lambda event: plans.append(None) if len(plans) == 0 else None,
+    )
+    assert plans == [result.plan]
+    assert [p.info.name for p in plans[0].kept_weights] == ["lm_head.weight"]
 
 
 def test_progress_events_are_typed_and_reach_the_total(tmp_path, source):
@@ -328,7 +354,3 @@ def test_progress_events_are_typed_and_reach_the_total(tmp_path, source):
     quantize = [e for e in events if e.stage == "quantize"]
     assert [e.done for e in quantize] == sorted(e.done for e in quantize)
     assert quantize[-1].done == quantize[-1].total
-
-
-def test_every_error_is_one_of_ours():
-    assert all(issubclass(e, MlxqError) for e in (CheckpointError, PlanError, FormatError, OutputError, Cancelled))

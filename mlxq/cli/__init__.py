@@ -3,19 +3,39 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+from types import FrameType
+
+
+class _Terminated(KeyboardInterrupt):
+    """A signal asks the process to end; work is undone as for Ctrl-C."""
+
+    def __init__(self, number: int):
+        self.status = 128 + number
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    raise _Terminated(number)
 
 
 def main() -> None:
     """Entry point of the `mlxq` command."""
     from mlxq.errors import MlxqError
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:
+            signal.signal(number, _terminate)
     try:
         from mlxq.cli.app import run
 
         status = run()
+        if sys.stdout:
+            sys.stdout.flush()
     except MlxqError as e:
         status = _fail(" ".join(str(e).split()))
+    except _Terminated as e:
+        status = _fail("terminated", e.status)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     except BrokenPipeError:

@@ -8,6 +8,7 @@ import typer
 
 import mlxq
 from mlxq.cli import convert, generate, inspect
+from mlxq.errors import UsageError
 
 _INTERRUPTED = 130
 
@@ -47,10 +48,10 @@ def run(arguments: list[str] | None = None) -> int:
         raise KeyboardInterrupt from None
     except Exception as e:
         # A usage error. Its class is click's own or typer's copy of it, by typer's version.
-        if not (hasattr(e, "show") and hasattr(e, "exit_code")):
+        if not hasattr(e, "format_message"):
             raise
-        e.show()
-        return int(e.exit_code)
+        where = e.ctx.command_path if getattr(e, "ctx", None) else "mlxq"
+        raise UsageError(f"{e.format_message().rstrip('.')} (see {where} --help)") from None
     if status == _INTERRUPTED:
         # Typer turns Ctrl-C into this status and says nothing.
         raise KeyboardInterrupt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,7 @@ _RUN = "Run"
 def convert(
     source: Source,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Directory to make. Not needed with --dry-run.")
+        str | None, typer.Option("--output", "-o", help="Directory to make. Not needed with --dry-run.")
     ] = None,
     bits: Annotated[
         int | None,
@@ -86,11 +85,11 @@ def convert(
     revision: Revision = None,
 ) -> None:
     """Quantize a model into an MLX directory that stock mlx-lm loads, and prove the result."""
-    from mlxq.cli.render import ProgressBars, print_plan, print_result
+    from mlxq.cli.render import ProgressBars, print_plan, print_result, print_summary
     from mlxq.conversion import convert as run
     from mlxq.errors import OutputError
 
-    if output is None and not dry_run:
+    if not output and not dry_run:
         raise OutputError("say where the result goes with --output DIR (or plan only, with --dry-run)")
     with ProgressBars() as bars:
         result = run(
@@ -106,6 +105,7 @@ def convert(
             overwrite=overwrite,
             verify=not no_verify,
             dry_run=dry_run,
+            on_plan=None if dry_run else print_summary,
             progress=bars,
         )
     if dry_run:

@@ -135,10 +135,9 @@ def print_summary(plan: Plan) -> None:
 
 
 def print_result(result: ConversionResult) -> None:
-    """What was made, what it weighs, and what the proof measured."""
+    """What was made, and what the proof measured."""
     from mlxq.evaluate.report import render
 
-    print_summary(result.plan)
     for note in result.notes:
         print(f"Note: {note}")
     if result.verification is None:

@@ -21,6 +21,8 @@ from mlxq.writers.output import writing
 
 #: Bytes after which a new shard begins, as on the Hub and in mlx-lm.
 MAX_SHARD_BYTES = 5 << 30
+#: Bytes hashed at a time.
+HASH_PIECE = 1 << 20
 _ITEM_BYTES = {"U32": 4, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 
 
@@ -105,8 +107,11 @@ class SafetensorsWriter:
         with self._lock:
             self._left[name] -= view.nbytes
 
-    def close(self) -> dict[str, str]:
-        """Finish: check that every tensor is whole, write the index, and return the SHA-256 of each shard."""
+    def close(self, check: Callable[[], None] = lambda: None) -> dict[str, str]:
+        """Finish: check that every tensor is whole, write the index, and return the SHA-256 of each shard.
+
+        `check` is called before each `HASH_PIECE` bytes are hashed, and may raise.
+        """
         short = [name for name, left in self._left.items() if left]
         if short:
             self.abort()
@@ -114,7 +119,7 @@ class SafetensorsWriter:
         # Syncing waits for the disk and hashing for a core: together they take as long as the slower one.
         with writing(self.directory), ThreadPoolExecutor(1) as pool:
             synced = [pool.submit(os.fsync, fd) for fd in self._fds]
-            digests = {name: sha256(self.directory / name) for name in self._names}
+            digests = {name: sha256(self.directory / name, check) for name in self._names}
             for future in synced:
                 future.result()
         self.abort()
@@ -135,7 +140,7 @@ class SafetensorsWriter:
 def sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces; `check` is called before each and may raise."""
     digest = hashlib.sha256()
-    buffer = bytearray(1 << 20)
+    buffer = bytearray(HASH_PIECE)
     view = memoryview(buffer)
     with open(path, "rb", buffering=0) as f:
         while n := f.readinto(buffer):

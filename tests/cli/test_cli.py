@@ -106,7 +106,12 @@ def test_inspect_text_and_json(converted, source):
         (["convert", "{source}", "-o", "{out}", "--keep", "nothing"], ["nothing"]),
         (["convert", "./nowhere", "-o", "{out}"], ["nowhere"]),
         (["convert", "org/model", "-o", "{out}"], ["org/model"]),
-        (["convert", "{source}", "-o", "/proc/x"], ["/proc"]),
+        (["convert", "{source}", "-o", "{source}/config.json/x"], ["config.json"]),
+        (["convert", "{source}", "-o", ""], ["output"]),
+        (["convert", "{source}", "-o", "{out}", "--bits", "four"], ["--bits"]),
+        (["convrt"], ["convrt"]),
+        (["convert", "--bitts", "4", "x"], ["--bitts", "--bits"]),
+        (["convert"], ["source", "convert --help"]),
         (["generate", "./nowhere", "-p", "x"], ["nowhere"]),
         (["generate", "{converted}", "-p", ""], ["prompt"]),
         (["generate", "{converted}", "-p", "x" * 1000], ["512", "10"]),
@@ -126,14 +131,6 @@ def test_mistakes_are_one_line_and_status_1(source, converted, tmp_path, argumen
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("arguments", [["convrt"], ["convert", "--bitts", "4", "x"], ["convert"]])
-def test_typos_are_usage_errors_without_traceback(arguments):
-    done = mlxq(*arguments)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert "Usage" in done.stderr
-
-
 def test_unknown_backend_is_named(converted):
     done = mlxq("generate", converted[0], "-p", "x", MLXQ_BACKEND="cuda")
     assert done.returncode == 1
@@ -151,4 +148,4 @@ def test_a_closed_pipe_is_quiet(source):
     process.stdout.close()
     message = process.stderr.read().decode()
     process.wait(timeout=60)
-    assert "Traceback" not in message
+    assert message == ""
