@@ -4,25 +4,28 @@ mlx-lm's models know how to rename, stack or drop the tensors of a Hugging Face 
 That function is run once over placeholders that hold shapes alone. What comes out as the very object that went in
 is a plain (renamed) tensor and streams by rows; what was computed (stacked experts, say) is made when it is asked for,
 by running `sanitize` again with the real arrays of the tensors that it depends on.
+
+`sanitize` may also change the model (drop the head of a tied one, say), so every run of it has a model of its own, and
+the parameters that a model wants are known only afterwards.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import re
 import threading
 from typing import Any
 
 import numpy as np
 
+from mlxq.architectures.graph import dependencies
 from mlxq.architectures.registry import build_model
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.errors import CheckpointError
 from mlxq.ops.threads import in_own_thread
-from mlxq.types import ModuleKind, QuantizedTensor, TensorInfo
+from mlxq.types import FLOAT_BYTES, ModuleKind, QuantizedTensor, TensorInfo
 
-_LAYER = re.compile(r"\.(\d+)\.")
+#: mlx counts the elements of an axis in a signed 32-bit integer.
+_LONGEST_AXIS = 2**31 - 1
 
 
 class ParameterMap:
@@ -30,7 +33,7 @@ class ParameterMap:
 
     Attributes:
         checkpoint: the source.
-        model: the skeleton (`mlx.nn.Module`) with lazily initialized parameters.
+        model: the skeleton (`mlx.nn.Module`) with lazily initialized parameters, as `sanitize` left it.
         tensors: parameter name -> `TensorInfo` in the model's own names, with the kind of module that owns it.
         dropped: source tensors that the architecture does not use.
         cast_protected: parameters that must stay in their own dtype (mlx-lm's `cast_predicate`).
@@ -38,55 +41,76 @@ class ParameterMap:
             (mlx-lm's `quant_predicate`): path -> 0 for never, else the bits it asks for.
 
     Raises:
-        CheckpointError: unknown architecture; tensors missing, left over, or of shapes other than config.json's.
+        CheckpointError: unknown architecture; tensors missing, left over, or of shapes other than config.json's; a
+            parameter that is computed, but not from any tensor that can be named.
     """
 
     def __init__(self, checkpoint: Checkpoint):
         from mlx.utils import tree_flatten
 
         self.checkpoint = checkpoint
+        self._placeholders = self._make_placeholders()
         self.model = build_model(checkpoint.config)
-        self._wanted = {name: tuple(a.shape) for name, a in tree_flatten(self.model.parameters())}
         self._trace()
+        self._wanted = {name: tuple(a.shape) for name, a in tree_flatten(self.model.parameters())}
         self._check()
         self._find_modules()
         self._lock = threading.Lock()
         self._cached: tuple[str, np.ndarray] | None = None
 
-    def _sanitize(self, arrays: dict[str, Any]) -> dict[str, Any]:
-        if not hasattr(self.model, "sanitize"):
+    def new_model(self) -> Any:
+        """Another skeleton like `model`: built from config.json, then changed as `sanitize` changes it."""
+        model = build_model(self.checkpoint.config)
+        self._sanitize(model, dict(self._placeholders))
+        return model
+
+    def _sanitize(self, model: Any, arrays: dict[str, Any]) -> dict[str, Any]:
+        if not hasattr(model, "sanitize"):
             return arrays
         try:
-            return self.model.sanitize(arrays)
-        except (KeyError, IndexError, ValueError, TypeError) as e:
+            return model.sanitize(arrays)
+        except (KeyError, IndexError, ValueError, TypeError, AttributeError, OverflowError) as e:
             what = f"tensor {e} is missing" if isinstance(e, KeyError) else str(e).replace("\n", " ")
             kind = self.checkpoint.config.get("model_type")
             raise CheckpointError(f"{self.checkpoint.path}: not a complete {kind} checkpoint: {what}") from e
 
-    def _placeholder(self, info: TensorInfo) -> Any:
+    def _make_placeholders(self) -> dict[str, Any]:
+        """For each source tensor an array of its shape and dtype that takes no memory: one zero, seen many times.
+
+        They are evaluated: so any thread can use them, and they are the leaves of what is computed from them.
+        """
         import mlx.core as mx
 
         dtypes = {"F16": mx.float16, "BF16": mx.bfloat16, "F32": mx.float32}
-        dtype = dtypes.get(info.dtype, mx.float32)
-        return mx.zeros(info.shape, dtype)
+        out = {}
+        for name, info in self.checkpoint.tensors.items():
+            if max(info.shape, default=0) > _LONGEST_AXIS:
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: tensor {name} has shape {list(info.shape)}; mlx's axes hold at most"
+                    f" {_LONGEST_AXIS} elements"
+                )
+            out[name] = mx.broadcast_to(mx.zeros((), dtypes.get(info.dtype, mx.float32)), info.shape)
+        mx.eval(list(out.values()))
+        return out
 
     def _trace(self) -> None:
-        placeholders = {name: self._placeholder(info) for name, info in self.checkpoint.tensors.items()}
-        sources = {id(a): name for name, a in placeholders.items()}
-        outputs = self._sanitize(dict(placeholders))
-        self._direct: dict[str, str] = {}
-        self._computed: dict[str, frozenset[str]] = {}
+        sources = {id(a): name for name, a in self._placeholders.items()}
+        outputs = self._sanitize(self.model, dict(self._placeholders))
+        computed = {name: array for name, array in outputs.items() if id(array) not in sources}
+        self._direct = {name: sources[id(array)] for name, array in outputs.items() if name not in computed}
+        self._computed = dependencies(computed, self._placeholders)
         infos: dict[str, TensorInfo] = {}
         for name, array in outputs.items():
-            source = sources.get(id(array))
-            if source is not None:
-                self._direct[name] = source
-                infos[name] = dataclasses.replace(self.checkpoint.tensors[source], name=name)
-            else:
-                self._computed[name] = _dependencies(name, array, placeholders)
-                dtype = {"float16": "F16", "bfloat16": "BF16"}.get(str(array.dtype).rpartition(".")[2], "F32")
-                nbytes = array.size * (4 if dtype == "F32" else 2)
-                infos[name] = TensorInfo(name, tuple(array.shape), dtype, nbytes)
+            if name in self._direct:
+                infos[name] = dataclasses.replace(self.checkpoint.tensors[self._direct[name]], name=name)
+                continue
+            if not self._computed[name]:
+                raise CheckpointError(
+                    f"{self.checkpoint.path}: {name} is computed by mlx-lm in a way that cannot be traced to the"
+                    " tensors of the checkpoint; this architecture is not supported"
+                )
+            dtype = {"float16": "F16", "bfloat16": "BF16"}.get(str(array.dtype).rpartition(".")[2], "F32")
+            infos[name] = TensorInfo(name, tuple(array.shape), dtype, array.size * FLOAT_BYTES[dtype])
         self.tensors = infos
         used = set(self._direct.values()).union(*self._computed.values())
         self.dropped = tuple(n for n in self.checkpoint.tensors if n not in used)
@@ -149,15 +173,21 @@ class ParameterMap:
             return self._cached[1]
 
     def _compute_now(self, name: str) -> np.ndarray:
+        """At its height this holds the sources and the result, each once; the array returned is mlx's own memory.
+
+        It is evaluated and depends on nothing any more, so it may outlive the thread that it was made in.
+        """
         import mlx.core as mx
 
-        needed = self._computed[name]
-        arrays = {
-            source: self._load(info) if source in needed else self._placeholder(info)
-            for source, info in self.checkpoint.tensors.items()
-        }
-        array = self._sanitize(arrays)[name]
-        return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+        real = {source: self._load(self.checkpoint.tensors[source]) for source in self._computed[name]}
+        array = self._sanitize(build_model(self.checkpoint.config), self._placeholders | real)[name]
+        del real
+        array = mx.contiguous(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
+        mx.eval(array)
+        mx.clear_cache()
+        result = np.asarray(memoryview(array))
+        result.flags.writeable = False
+        return result
 
     def _load(self, info: TensorInfo) -> Any:
         import mlx.core as mx
@@ -165,21 +195,6 @@ class ParameterMap:
         values = self.checkpoint.read(info.name)
         array = mx.array(values)
         return array.view(mx.bfloat16) if info.dtype == "BF16" else array
-
-
-def _dependencies(name: str, array: Any, placeholders: dict[str, Any]) -> frozenset[str]:
-    """The sources that `array` was computed from, read off mlx's graph of it.
-
-    Only sources of the same layer are candidates, when there are any: graphs print in time linear in their number.
-    """
-    import mlx.core as mx
-
-    layer = _LAYER.search(name)
-    same = [n for n in placeholders if layer and (m := _LAYER.search(n)) and m[1] == layer[1]] or list(placeholders)
-    text = io.StringIO()
-    mx.export_to_dot(text, array, **{f"source_{i}": placeholders[n] for i, n in enumerate(same)})
-    used = {int(i) for i in re.findall(r'"source_(\d+)" ->', text.getvalue())}
-    return frozenset(same[i] for i in used)
 
 
 def _kind(module: Any) -> ModuleKind:

@@ -13,6 +13,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 import types
 from collections.abc import Callable
@@ -24,6 +25,9 @@ from mlxq.errors import CheckpointError
 _PRIVATE = "mlxq._mlx_lm"
 #: Functions that the runtime may give a version of its own.
 _OVERRIDABLE = (("models.base", "scaled_dot_product_attention"), ("models.activations", "swiglu"))
+
+#: A file name of mlx-lm without its ending: hyphens occur (`nemotron-nas`), dots and slashes never.
+_MODEL_TYPE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 
 def _package_dir() -> Path:
@@ -89,13 +93,10 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
         CheckpointError: mlx-lm has no such architecture; the message names it and near matches.
     """
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not model_type.isidentifier():
+    if not isinstance(model_type, str) or not _MODEL_TYPE.fullmatch(model_type):
         raise CheckpointError(f"config.json: model_type is {model_type!r}, which names no architecture")
     tables = _tables()
-    architectures = config.get("architectures") or ()
-    if isinstance(architectures, str):
-        architectures = (architectures,)
-    for architecture in architectures:
+    for architecture in _architectures(config):
         remapped = tables["MODEL_ARCHITECTURE_REMAPPING"].get((model_type, architecture))
         if remapped:
             name = remapped
@@ -113,6 +114,15 @@ def model_classes(config: dict[str, Any]) -> tuple[type, type]:
         raise CheckpointError(f"architecture {model_type!r} cannot be used here: {e}") from e
 
 
+def _architectures(config: dict[str, Any]) -> list[str]:
+    """The class names of Hugging Face that config.json lists."""
+    value = config.get("architectures") or []
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, list) or not all(isinstance(a, str) for a in listed):
+        raise CheckpointError(f"config.json: architectures is {value!r}, but must be a list of class names")
+    return listed
+
+
 def build_model(config: dict[str, Any]) -> Any:
     """A model with lazily initialized parameters: shapes are known, nothing is allocated.
 
@@ -122,6 +132,6 @@ def build_model(config: dict[str, Any]) -> Any:
     model_class, args_class = model_classes(config)
     try:
         return model_class(args_class.from_dict(config))
-    except (TypeError, ValueError, KeyError, AttributeError, AssertionError, ZeroDivisionError) as e:
-        what = str(e).replace("__init__() ", "").replace("\n", " ") or type(e).__name__
+    except (TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError) as e:
+        what = re.split(r"\n| The following", str(e))[0].replace("__init__() ", "") or type(e).__name__
         raise CheckpointError(f"config.json does not describe a {config.get('model_type')} model: {what}") from e
