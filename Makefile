@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(BIN)/python bench/startup.py
 	$(BIN)/python bench/convert.py $(CACHE)/reference
 	$(BIN)/python bench/generate.py $(CACHE)/reference
+	$(BIN)/python bench/quality.py $(CACHE)/reference
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info
