@@ -22,7 +22,7 @@ def convert(
         typer.Option(
             "--bits",
             "-b",
-            help="Bits per code: 2, 3, 4, 5, 6 or 8. [default: 4, or the source's own codes if it is quantized]",
+            help="Bits per code: 2, 3, 4, 5, 6 or 8. (default: 4, or the source's own codes if it is quantized)",
             show_default=False,
             rich_help_panel=_PLAN,
         ),
@@ -32,7 +32,7 @@ def convert(
         typer.Option(
             "--group-size",
             "-g",
-            help="Weights that share a scale: 32, 64 or 128. [default: 64]",
+            help="Weights that share a scale: 32, 64 or 128. (default: 64)",
             show_default=False,
             rich_help_panel=_PLAN,
         ),
@@ -40,7 +40,7 @@ def convert(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="uniform, or mixed: more bits for value, down-projection, embedding and head. [default: uniform]",
+            help="uniform, or mixed: more bits for value, down-projection, embedding and head. (default: uniform)",
             show_default=False,
             rich_help_panel=_PLAN,
         ),
@@ -62,7 +62,7 @@ def convert(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="float16, bfloat16 or float32 for scales and kept tensors. [default: as the source]",
+            help="float16, bfloat16 or float32 for scales and kept tensors. (default: as the source)",
             show_default=False,
             rich_help_panel=_PLAN,
         ),

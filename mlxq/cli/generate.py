@@ -50,26 +50,30 @@ def generate(
 
     text = _read_prompt(prompt)
     with ProgressBars() as bars, load(model, revision=revision, progress=bars) as loaded:
-        result = None
-        for piece in stream(
-            loaded,
-            text,
-            system=system,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            chat_template=False if no_chat_template else None,
-            progress=bars,
-        ):
-            bars.finish()
-            sys.stdout.write(piece.text)
-            sys.stdout.flush()
-            result = piece.result or result
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+        result, begun = None, False
+        try:
+            for piece in stream(
+                loaded,
+                text,
+                system=system,
+                max_tokens=max_tokens,
+                temperature=temperature,
+                top_p=top_p,
+                top_k=top_k,
+                min_p=min_p,
+                seed=seed,
+                chat_template=False if no_chat_template else None,
+                progress=bars,
+            ):
+                bars.finish()
+                begun = True
+                sys.stdout.write(piece.text)
+                sys.stdout.flush()
+                result = piece.result or result
+        finally:
+            if begun:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
     if result is not None and sys.stderr:
         print(
             f"Prompt: {result.prompt_tokens} tokens, {result.prompt_tokens_per_second:.1f} tokens/s\n"

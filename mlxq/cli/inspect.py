@@ -16,7 +16,7 @@ def inspect(
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Context length, in tokens, for the memory estimate. [default: 4096]", show_default=False
+            min=1, help="Context length, in tokens, for the memory estimate. (default: 4096)", show_default=False
         ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List every tensor.")] = True,
