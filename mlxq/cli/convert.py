@@ -111,4 +111,4 @@ def convert(
     if dry_run:
         print_plan(result.plan, result.config, context)
     else:
-        print_result(result)
+        print_result(result, output)

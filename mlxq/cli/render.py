@@ -134,8 +134,8 @@ def print_summary(plan: Plan) -> None:
     print(f"Total {human_bytes(plan.nbytes)}, {plan.n_weights / 1e6:.1f}M weights, {bpw}")
 
 
-def print_result(result: ConversionResult) -> None:
-    """What was made, and what the proof measured."""
+def print_result(result: ConversionResult, output: str) -> None:
+    """What the proof measured, and where the result is, as the person named it."""
     from mlxq.evaluate.report import render
 
     for note in result.notes:
@@ -144,4 +144,4 @@ def print_result(result: ConversionResult) -> None:
         print("Not verified (--no-verify)")
     else:
         print(render(result.verification))
-    print(f"Wrote {result.path}")
+    print(f"Wrote {output}")
