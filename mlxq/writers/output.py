@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 import shutil
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
 
-from mlxq.errors import OutputError
+from mlxq.checkpoint.huggingface import COMPANIONS
+from mlxq.errors import CheckpointError, OutputError
+from mlxq.writers.files import remove_tree, sync, writing
+from mlxq.writers.manifest import NAME as MANIFEST
+from mlxq.writers.recovery import Siblings, recover
 
-_PARTIAL = "partial"
-_REPLACED = "replaced"
+#: Directories inside a model that hold files of the tokenizer.
+_KNOWN_DIRECTORIES = {pattern.split("/")[0] for pattern in COMPANIONS if "/" in pattern}
+_WEIGHTS = (".safetensors", ".gguf")
+#: Bytes of a file name on the common file systems of Linux and macOS.
+_NAME_MAX = 255
 
 
 class OutputDirectory:
@@ -24,118 +29,149 @@ class OutputDirectory:
     """
 
     def __init__(self, path: Path, *, overwrite: bool = False):
-        self.path = Path(os.path.abspath(path))
-        self.stage = self._sibling(_PARTIAL)
-        self._committed = False
-        self._recover()
-        self._check(overwrite)
+        with writing(path):
+            self.path = Path(os.path.abspath(path))
+            self._overwrite = overwrite
+            self._siblings = Siblings(self.path)
+            self.stage = self._siblings.partial
+            self._created: list[Path] = []
+            _check_name(self.path, self._siblings)
+            _check_parents(self.path)
+            recover(self.path)
+            self._check_place()
 
-    def _sibling(self, what: str) -> Path:
-        return self.path.parent / f".{self.path.name}.{what}-{os.getpid()}"
-
-    def _check(self, overwrite: bool) -> None:
-        if self.path.is_symlink() or self.path.exists():
-            if not overwrite:
-                raise OutputError(f"{self.path} exists; choose another place or pass --overwrite")
-            if not self.path.is_dir() or self.path.is_symlink():
-                raise OutputError(f"{self.path} is not a directory, so --overwrite does not replace it")
-            names = {p.name for p in self.path.iterdir()}
-            if names and not names & {"config.json", "mlxq.json"}:
-                raise OutputError(f"{self.path} does not look like a model (no config.json); it is not replaced")
-        parent = next(p for p in self.path.parents if p.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-            raise OutputError(f"{parent} is not a directory that can be written to")
-
-    def _recover(self) -> None:
-        """Clear what killed runs left, and undo a replacement that was cut between its two renames."""
-        pattern = re.compile(re.escape(f".{self.path.name}.") + rf"({_PARTIAL}|{_REPLACED})-(\d+)")
-        with contextlib.suppress(OSError):
-            for entry in list(self.path.parent.iterdir()):
-                match = pattern.fullmatch(entry.name)
-                if match is None or _alive(int(match[2])):
-                    continue
-                if match[1] == _REPLACED and not self.path.exists():
-                    entry.rename(self.path)
-                else:
-                    shutil.rmtree(entry, ignore_errors=True)
+    def _check_place(self) -> None:
+        if not (self.path.is_symlink() or self.path.exists()):
+            return
+        if _holds_working_directory(self.path):
+            raise OutputError(f"{self.path} holds the current directory; name a directory to make")
+        if not self._overwrite:
+            raise OutputError(f"{self.path} exists; choose another place or pass --overwrite")
+        _check_replaceable(self.path)
 
     def check_space(self, nbytes: int) -> None:
         """Refuse early when the disk has less than `nbytes` free."""
-        parent = next(p for p in self.path.parents if p.exists())
-        free = shutil.disk_usage(parent).free
+        with writing(self.path):
+            parent = _existing_parent(self.path)
+            free = shutil.disk_usage(parent).free
         if free < nbytes:
             raise OutputError(f"{parent} has {free / 1e6:,.0f} MB free; the result needs {nbytes / 1e6:,.0f} MB")
 
     def __enter__(self) -> OutputDirectory:
-        with writing(self.path):
-            self._created = [p for p in [*self.path.parents] if not p.exists()]
-            self.stage.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.stage, ignore_errors=True)
-            self.stage.mkdir()
+        self._siblings.acquire()
+        try:
+            with writing(self.path):
+                self._created = [p for p in self.path.parents if not p.exists()]
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self.stage.mkdir()
+        except BaseException:
+            self._leave()
+            raise
         return self
 
     def write(self, name: str, content: bytes | Path) -> None:
-        """Write a small file into the stage, or copy one byte for byte."""
-        with writing(self.path):
+        """Write a small file into the stage, or copy one byte for byte.
+
+        Raises:
+            CheckpointError: the file to copy cannot be read.
+            OutputError: the copy cannot be written.
+        """
+        try:
             data = content.read_bytes() if isinstance(content, Path) else content
+        except OSError as e:
+            raise CheckpointError(f"cannot read {content}: {e.strerror or e}") from e
+        with writing(self.path):
             path = self.stage / name
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as f:
                 f.write(data)
 
     def commit(self) -> None:
-        """Sync everything and move the stage to its place; an old directory is replaced only now."""
+        """Sync everything and move the stage to its place; an old directory is replaced only now.
+
+        Raises:
+            OutputError: something that may not be replaced has appeared at `path`, or the disk failed.
+        """
         with writing(self.path):
             for file in self.stage.rglob("*"):
-                _sync(file)
-            _sync(self.stage)
-            replaced = self._sibling(_REPLACED)
-            if self.path.exists():
+                sync(file)
+            sync(self.stage)
+            self._check_place()
+            self._move()
+
+    def _move(self) -> None:
+        replaced, ours = self._siblings.replaced, self.stage.stat()
+        try:
+            if self._overwrite and self.path.exists():
                 self.path.rename(replaced)
-            try:
-                self.stage.rename(self.path)
-            except OSError:
-                if replaced.exists():
-                    replaced.rename(self.path)
-                raise
-            _sync(self.path.parent)
-            self._committed = True
-            shutil.rmtree(replaced, ignore_errors=True)
+            # Whatever appears here in this instant stays: a directory is not renamed onto a file or a full directory.
+            self.stage.rename(self.path)
+            sync(self.path.parent)
+        except BaseException:
+            # Also when interrupted: either all was done or nothing.
+            if self.path.exists() and os.path.samestat(self.path.stat(), ours):
+                self.path.rename(self.stage)
+            if replaced.exists():
+                replaced.rename(self.path)
+            raise
+        if replaced.exists():
+            # Under the stage's name it is removed on leaving, or by the next run should this one be killed first.
+            replaced.rename(self.stage)
 
     def __exit__(self, *exc: object) -> None:
-        if not self._committed:
-            shutil.rmtree(self.stage, ignore_errors=True)
-            for parent in self._created:
-                with contextlib.suppress(OSError):
-                    parent.rmdir()
+        self._leave()
+
+    def _leave(self) -> None:
+        """Remove the stage (or after a commit, what was replaced) and the parents that were made and hold nothing."""
+        if not remove_tree(self.stage):
+            warnings.warn(f"{self.stage} could not be removed; remove it by hand", stacklevel=3)
+        for parent in self._created:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        self._siblings.release()
 
 
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn the operating system's write errors into one clear line."""
+def _existing_parent(path: Path) -> Path:
+    return next(p for p in path.parents if p.exists())
+
+
+def _check_name(path: Path, siblings: Siblings) -> None:
+    own, longest = (len(os.fsencode(p.name)) for p in (path, siblings.replaced))
+    if longest > _NAME_MAX:
+        raise OutputError(f"{path}: the name has {own} bytes; at most {_NAME_MAX - longest + own} fit; shorten it")
+
+
+def _check_parents(path: Path) -> None:
+    for p in path.parents:
+        if p.is_symlink() and not p.exists():
+            raise OutputError(f"{p} is a symbolic link to {os.readlink(p)}, which does not exist")
+    parent = _existing_parent(path)
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise OutputError(f"{parent} is not a directory that can be written to")
+
+
+def _check_replaceable(path: Path) -> None:
+    """Only an empty directory or a model, and nothing else beside it, is ever replaced."""
+    if path.is_symlink() or not path.is_dir():
+        raise OutputError(f"{path} is not a directory, so --overwrite does not replace it")
+    entries = list(path.iterdir())
+    names = {p.name for p in entries}
+    has_weights = any(name.endswith(_WEIGHTS) for name in names)
+    if names and MANIFEST not in names and not ("config.json" in names and has_weights):
+        raise OutputError(
+            f"{path} does not look like a model (no {MANIFEST}, no config.json with weights); it is not replaced"
+        )
+    unknown = sorted(p.name for p in entries if p.is_dir() and p.name not in _KNOWN_DIRECTORIES)
+    if unknown:
+        raise OutputError(
+            f"{path} holds a directory that is no part of a model ({unknown[0]}); it is not replaced; "
+            "move that away or choose another output"
+        )
+
+
+def _holds_working_directory(path: Path) -> bool:
     try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OutputError(f"{path}: the disk is full ({os.strerror(e.errno).lower()}); nothing was left") from e
-        raise OutputError(f"cannot write {path}: {e.strerror or e}") from e
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _alive(pid: int) -> bool:
-    if pid == os.getpid():
+        here = Path.cwd()
+    except FileNotFoundError:
         return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return path.is_dir() and any(p.samefile(path) for p in (here, *here.parents))
