@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlxq.checkpoint.config import to_json
-from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorPlan
+from mlxq.types import DTYPE_NAMES, QuantSpec, TensorPlan
 from mlxq.writers.safetensors import Entry
 
 
@@ -14,7 +14,7 @@ def entries(plan: TensorPlan) -> list[Entry]:
     """The stored tensors of a planned one: the tensor itself, or its codes, scales and biases."""
     info, spec = plan.info, plan.spec
     if spec is None:
-        return [Entry(info.name, plan.dtype if plan.dtype in FLOAT_BYTES else info.dtype, info.shape)]
+        return [Entry(info.name, plan.dtype, info.shape)]
     path = info.name.removesuffix("weight")
     lead, in_features = info.shape[:-1], info.shape[-1]
     groups = (*lead, in_features // spec.group_size)

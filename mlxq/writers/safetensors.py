@@ -7,23 +7,27 @@ header, data.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlxq.errors import OutputError
-from mlxq.writers.output import writing
+from mlxq.checkpoint.shards import INDEX
+from mlxq.errors import CheckpointError, OutputError
+from mlxq.types import FLOAT_BYTES
+from mlxq.writers.files import reserve, write_at, writing
 
 #: Bytes after which a new shard begins, as on the Hub and in mlx-lm.
 MAX_SHARD_BYTES = 5 << 30
 #: Bytes hashed at a time.
 HASH_PIECE = 1 << 20
-_ITEM_BYTES = {"U32": 4, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+#: Codes, and the float types of everything else: no other type is ever planned.
+_ITEM_BYTES = {"U32": 4} | FLOAT_BYTES
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,8 @@ class SafetensorsWriter:
         self._place: dict[str, tuple[int, int, int]] = {}
         self._left: dict[str, int] = {}
         self._lock = threading.Lock()
+        self._in_use = 0
+        self._aborted = False
         try:
             for i, entries in enumerate(shards):
                 self._open(i, entries)
@@ -89,9 +95,8 @@ class SafetensorsWriter:
         with writing(self.directory):
             fd = os.open(self.directory / self._names[index], os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             self._fds.append(fd)
-            if hasattr(os, "posix_fallocate") and start + offset:
-                os.posix_fallocate(fd, 0, start + offset)
-            _write_all(fd, len(text).to_bytes(8, "little") + text, 0)
+            reserve(fd, start + offset)
+            write_at(fd, len(text).to_bytes(8, "little") + text, 0)
         for e in ordered:
             self._place[e.name] = (index, start + header[e.name]["data_offsets"][0], e.nbytes)
             self._left[e.name] = e.nbytes
@@ -102,51 +107,100 @@ class SafetensorsWriter:
         index, start, nbytes = self._place[name]
         if offset + view.nbytes > nbytes:
             raise OutputError(f"{name}: {offset + view.nbytes} bytes given, {nbytes} planned")
-        with writing(self.directory):
-            _write_all(self._fds[index], view, start + offset)
+        with writing(self.directory), self._file(index) as fd:
+            write_at(fd, view, start + offset)
         with self._lock:
             self._left[name] -= view.nbytes
 
+    @contextlib.contextmanager
+    def _file(self, index: int) -> Iterator[int]:
+        """The descriptor of a shard, which stays open while it is used, whoever aborts meanwhile.
+
+        A descriptor closed under a thread's hands may by then be another file's.
+        """
+        with self._lock:
+            if self._aborted:
+                raise OutputError(f"{self.directory}: the writer is closed")
+            self._in_use += 1
+        try:
+            yield self._fds[index]
+        finally:
+            with self._lock:
+                self._in_use -= 1
+                self._close_unused()
+
+    def _close_unused(self) -> None:
+        if self._aborted and not self._in_use:
+            while self._fds:
+                os.close(self._fds.pop())
+
     def close(self, check: Callable[[], None] = lambda: None) -> dict[str, str]:
-        """Finish: check that every tensor is whole, write the index, and return the SHA-256 of each shard.
+        """Finish: check that every tensor is whole and write the index. Returns the SHA-256 of each file by name.
 
         `check` is called before each `HASH_PIECE` bytes are hashed, and may raise.
         """
-        short = [name for name, left in self._left.items() if left]
-        if short:
+        try:
+            short = [name for name, left in self._left.items() if left]
+            if short:
+                raise OutputError(f"{len(short)} tensors were not written whole: {short[0]}")
+            return self._sync_and_hash(check) | self._write_index()
+        finally:
             self.abort()
-            raise OutputError(f"{len(short)} tensors were not written whole: {short[0]}")
+
+    def _sync_and_hash(self, check: Callable[[], None]) -> dict[str, str]:
         # Syncing waits for the disk and hashing for a core: together they take as long as the slower one.
-        with writing(self.directory), ThreadPoolExecutor(1) as pool:
-            synced = [pool.submit(os.fsync, fd) for fd in self._fds]
+        pool = ThreadPoolExecutor(1)
+        try:
+            synced = [pool.submit(self._sync, i) for i in range(len(self._names))]
             digests = {name: sha256(self.directory / name, check) for name in self._names}
-            for future in synced:
-                future.result()
-        self.abort()
+            with writing(self.directory):
+                for future in synced:
+                    future.result()
+            return digests
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _sync(self, index: int) -> None:
+        with self._file(index) as fd:
+            os.fsync(fd)
+
+    def _write_index(self) -> dict[str, str]:
         weight_map = {name: self._names[place[0]] for name, place in sorted(self._place.items())}
         index = {"metadata": {"total_size": sum(p[2] for p in self._place.values())}, "weight_map": weight_map}
+        content = (json.dumps(index, indent=2) + "\n").encode()
         with writing(self.directory):
-            path = self.directory / "model.safetensors.index.json"
-            path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        return digests
+            (self.directory / INDEX).write_bytes(content)
+        return {INDEX: hashlib.sha256(content).hexdigest()}
 
     def abort(self) -> None:
-        """Close the files as they are."""
-        for fd in self._fds:
-            os.close(fd)
-        self._fds = []
+        """Close the files as they are, each as soon as no thread writes to it; later writes are refused."""
+        with self._lock:
+            self._aborted = True
+            self._close_unused()
 
 
 def sha256(path: Path, check: Callable[[], None] = lambda: None) -> str:
-    """Hexadecimal SHA-256 of a file, read in pieces; `check` is called before each and may raise."""
+    """Hexadecimal SHA-256 of a file, read in pieces; `check` is called before each and may raise.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     digest = hashlib.sha256()
-    buffer = bytearray(HASH_PIECE)
-    view = memoryview(buffer)
-    with open(path, "rb", buffering=0) as f:
-        while n := f.readinto(buffer):
-            check()
-            digest.update(view[:n])
+    for piece in _pieces(path):
+        check()
+        digest.update(piece)
     return digest.hexdigest()
+
+
+def _pieces(path: Path) -> Iterator[memoryview]:
+    """A file's bytes, `HASH_PIECE` at a time, in a buffer that is used again."""
+    buffer = memoryview(bytearray(HASH_PIECE))
+    try:
+        with open(path, "rb", buffering=0) as f:
+            while n := f.readinto(buffer):
+                yield buffer[:n]
+    except OSError as e:
+        raise CheckpointError(f"cannot read {path}: {e.strerror or e}") from e
 
 
 def _shards(groups: Iterable[Sequence[Entry]], max_bytes: int) -> list[list[Entry]]:
@@ -160,10 +214,3 @@ def _shards(groups: Iterable[Sequence[Entry]], max_bytes: int) -> list[list[Entr
         shards[-1].extend(group)
         size += nbytes
     return shards
-
-
-def _write_all(fd: int, data: bytes | memoryview, offset: int) -> None:
-    view = memoryview(data)
-    while view.nbytes:
-        n = os.pwrite(fd, view, offset)
-        view, offset = view[n:], offset + n

@@ -1,14 +1,32 @@
 """The planned layout is a valid safetensors file, whatever the order of writes; the official reader is the judge."""
 
+import errno
+import hashlib
 import json
+import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from mlxq.errors import OutputError
+from mlxq.errors import Cancelled, CheckpointError, OutputError
+from mlxq.writers import files
 from mlxq.writers.safetensors import Entry, SafetensorsWriter, sha256
+
+ENTRY = Entry("a", "F32", (4,))
+
+
+def digests_of(directory):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in directory.iterdir()}
+
+
+def failing(code):
+    def fail(*_):
+        raise OSError(code, os.strerror(code))
+
+    return fail
 
 
 def test_parts_in_any_order_from_threads(tmp_path):
@@ -30,7 +48,7 @@ def test_parts_in_any_order_from_threads(tmp_path):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda p: writer.write(*p), parts))
     digests = writer.close()
-    assert digests == {"model.safetensors": sha256(tmp_path / "model.safetensors")}
+    assert digests == digests_of(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "np") as f:
         assert f.metadata() == {"format": "mlx"}
         stored = f.keys()
@@ -43,7 +61,7 @@ def test_shards_keep_groups_together_and_are_indexed(tmp_path):
     for g in groups:
         for e in g:
             writer.write(e.name, bytes(e.nbytes))
-    writer.close()
+    assert writer.close() == digests_of(tmp_path)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) == 3
     for i in range(5):
@@ -62,3 +80,92 @@ def test_incomplete_or_oversized_writes_are_refused(tmp_path):
     writer.write("a", bytes(8))
     with pytest.raises(OutputError, match="not written whole"):
         writer.close()
+
+
+def test_cancelling_while_outputs_are_hashed(tmp_path):
+    writer = SafetensorsWriter(tmp_path, [[ENTRY]])
+    writer.write("a", bytes(16))
+
+    def check():
+        raise Cancelled("cancelled")
+
+    with pytest.raises(Cancelled):
+        writer.close(check)
+    with pytest.raises(OutputError, match="closed"):
+        writer.write("a", bytes(4))
+
+
+def test_errors_of_the_callback_are_not_taken_for_the_disk(tmp_path):
+    writer = SafetensorsWriter(tmp_path, [[ENTRY]])
+    writer.write("a", bytes(16))
+    with pytest.raises(OSError, match="Broken pipe"):
+        writer.close(failing(errno.EPIPE))
+
+
+def test_a_source_that_cannot_be_hashed_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"cannot read .*gone"):
+        sha256(tmp_path / "gone")
+
+
+def test_aborting_leaves_a_file_open_while_a_thread_writes_to_it(tmp_path, monkeypatch):
+    """Its descriptor could otherwise be another file's by the time of the next write."""
+    writer = SafetensorsWriter(tmp_path, [[ENTRY]])
+    pwrite, began, go_on, seen = os.pwrite, threading.Event(), threading.Event(), []
+
+    def slow(fd, data, offset):
+        began.set()
+        assert go_on.wait(30)
+        seen.append((fd, os.fstat(fd).st_ino))
+        return pwrite(fd, data[:4], offset)
+
+    monkeypatch.setattr(os, "pwrite", slow)
+    with ThreadPoolExecutor(1) as pool:
+        written = pool.submit(writer.write, "a", bytes(16))
+        assert began.wait(30)
+        writer.abort()
+        go_on.set()
+        written.result()
+    inode = (tmp_path / "model.safetensors").stat().st_ino
+    assert [i for _, i in seen] == [inode] * 4
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(seen[0][0])
+    with pytest.raises(OutputError, match="closed"):
+        writer.write("a", bytes(4))
+
+
+def test_a_file_system_need_not_reserve_space(tmp_path, monkeypatch):
+    for code in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTSUP):
+        monkeypatch.setattr(os, "posix_fallocate", failing(code), raising=False)
+        directory = tmp_path / str(code)
+        directory.mkdir(exist_ok=True)
+        (directory / "model.safetensors").unlink(missing_ok=True)
+        writer = SafetensorsWriter(directory, [[ENTRY]])
+        writer.write("a", bytes(16))
+        writer.close()
+
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "pwrite"])
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "disk is full"), (errno.EFBIG, "file is too large")],
+)
+def test_a_full_disk_and_a_file_too_large_are_told_apart(tmp_path, monkeypatch, call, code, words):
+    monkeypatch.setattr(os, call, failing(code), raising=False)
+    with pytest.raises(OutputError, match=words):
+        SafetensorsWriter(tmp_path, [[ENTRY]])
+
+
+def test_one_write_call_never_exceeds_what_systems_take(tmp_path, monkeypatch):
+    """macOS refuses 2^31 bytes at once; the limit is made small here to see the parts."""
+    monkeypatch.setattr(files, "_MAX_WRITE", 5)
+    pwrite, sizes = os.pwrite, []
+
+    def counted(fd, data, offset):
+        sizes.append(len(data))
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", counted)
+    with open(tmp_path / "f", "wb") as f:
+        files.write_at(f.fileno(), bytes(range(12)), 3)
+    assert sizes == [5, 5, 2]
+    assert (tmp_path / "f").read_bytes() == bytes(3) + bytes(range(12))
