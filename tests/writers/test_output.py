@@ -137,6 +137,14 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path, appear, overwrite):
     assert target.is_file() or (target / "thesis.txt").read_text() == "mine"
 
 
+def test_a_run_does_not_clear_another_of_the_same_process(tmp_path):
+    with OutputDirectory(tmp_path / "m") as first:
+        first.write("config.json", b"first")
+        OutputDirectory(tmp_path / "m")
+        assert names(first.stage) == ["config.json"]
+    assert names(tmp_path) == []
+
+
 def test_the_first_of_two_runs_wins_and_overwrite_takes_the_last(tmp_path):
     with OutputDirectory(tmp_path / "m") as first, OutputDirectory(tmp_path / "m") as second:
         for content, out in ((b"first", first), (b"second", second)):
