@@ -63,27 +63,14 @@ def block_format(name: str | int) -> BlockFormat:
     return found
 
 
-def block_row_bytes(K: int, name: str | int) -> int:
-    """Bytes of one row of `K` weights in a ggml type.
-
-    Raises:
-        FormatError: unknown type, or `K` is not a multiple of its block size.
-    """
-    fmt = block_format(name)
-    if K % fmt.block_size:
-        raise FormatError(f"{fmt.name} packs blocks of {fmt.block_size} weights, but the row has {K}")
-    return K // fmt.block_size * fmt.type_size
-
-
 def validate_affine(bits: int, group_size: int) -> None:
     """Check bits and group size against the table.
 
     Raises:
-        FormatError: not legal; the message lists the legal values.
+        FormatError: not legal, or no integer; the message lists the legal values.
     """
-    if bits not in AFFINE_BITS:
-        raise FormatError(f"affine bits must be one of {_listed(AFFINE_BITS)}, got {bits!r}")
-    if group_size not in AFFINE_GROUP_SIZES:
+    _validate_bits(bits)
+    if type(group_size) is not int or group_size not in AFFINE_GROUP_SIZES:
         raise FormatError(f"affine group_size must be one of {_listed(AFFINE_GROUP_SIZES)}, got {group_size!r}")
 
 
@@ -112,8 +99,7 @@ def packed_words(K: int, bits: int) -> int:
     Raises:
         FormatError: illegal bits, or the codes do not fill whole words.
     """
-    if bits not in AFFINE_BITS:
-        raise FormatError(f"affine bits must be one of {_listed(AFFINE_BITS)}, got {bits!r}")
+    _validate_bits(bits)
     if K * bits % 32:
         raise FormatError(f"{K} codes of {bits} bits are {K * bits} bits, which does not fill uint32 words")
     return K * bits // 32
@@ -144,6 +130,12 @@ def bpw(spec: QuantSpec, dtype: str) -> float:
     """
     validate_affine(spec.bits, spec.group_size)
     return spec.bits + 2 * 8 * _float_bytes(dtype) / spec.group_size
+
+
+def _validate_bits(bits: int) -> None:
+    # 4.0 equals 4, but is no number of bits: it would fail later, where words are shifted.
+    if type(bits) is not int or bits not in AFFINE_BITS:
+        raise FormatError(f"affine bits must be one of {_listed(AFFINE_BITS)}, got {bits!r}")
 
 
 def _float_bytes(dtype: str) -> int:

@@ -21,11 +21,11 @@ class PlanOptions:
     """What a person asked for.
 
     `bits` and `group_size` None mean: keep the codes of a source that is already quantized, else 4 and 64.
-    `tensor_types` holds `REGEX=BITS` or `REGEX=BITS:GROUP`, `keep` regular expressions; both are searched in the
-    parameter name, and the last that matches wins. `dtype` is `float32`, `float16` or `bfloat16`.
+    `tensor_types` holds `REGEX=BITS` or `REGEX=BITS:GROUP`, `keep` regular expressions, each in a tuple or list; both
+    are searched in the parameter name, and the last that matches wins. `dtype` is `float32`, `float16` or `bfloat16`.
 
     Raises:
-        PlanError: an illegal value, named with the legal ones, or a malformed pattern.
+        PlanError: an illegal value, named with the legal ones, or a malformed or empty pattern.
     """
 
     bits: int | None = None
@@ -36,6 +36,8 @@ class PlanOptions:
     dtype: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("tensor_types", "keep"):
+            object.__setattr__(self, name, _texts(name, getattr(self, name)))
         if self.recipe is not None and self.recipe not in RECIPES:
             raise PlanError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
         _legal(self.base.bits, self.base.group_size, "")
@@ -121,8 +123,8 @@ def make_plan(
     for info in infos:
         spec, reason = chooser.choose(info)
         if spec is None:
-            stored = _kept_dtype(info, dtype, options, quantized_source, cast_protected)
-            plans.append(TensorPlan(info, "keep", None, stored, reason))
+            stored, why = _kept_dtype(info, dtype, cast_protected)
+            plans.append(TensorPlan(info, "keep", None, stored, reason + why))
         else:
             action, reason = _action(info, spec, dtype, reason)
             plans.append(TensorPlan(info, action, spec, dtype, reason))
@@ -139,17 +141,17 @@ class _Chooser:
         self.n_layers = n_layers
         self.as_stored = quantized and not options.says_how
         self.unmatched = {text for _, _, _, text in options._types} | {text for _, text in options._keep}
+        #: `--tensor-type` -> the first tensor that it matches and that no layer holds quantized.
+        self.unfit: dict[str, str] = {}
 
     def choose(self, info: TensorInfo) -> tuple[QuantSpec | None, str]:
         kept = self._kept_by_pattern(info)
         asked = self._asked(info)
         if info.module == "other":
-            if asked:
-                raise PlanError(f"--tensor-type {asked[2]!r} matches {info.name}, which no layer can hold quantized")
-            return None, "not a weight of a layer"
-        if kept:
+            return None, "norm, bias or buffer: no layer holds it quantized"
+        if kept is not None:
             return None, f"--keep {kept}"
-        if asked:
+        if asked is not None:
             return self._fit(info, QuantSpec(asked[0], asked[1] or self.options.base.group_size), "--tensor-type")
         least = self.float_modules.get(module_path(info.name))
         if least == 0:
@@ -165,8 +167,12 @@ class _Chooser:
         return self._fit(info, QuantSpec(bits, base.group_size), reason)
 
     def refuse_unmatched(self) -> None:
-        if self.unmatched:
-            raise PlanError(f"pattern {sorted(self.unmatched)[0]!r} matches no tensor; list them with --dry-run")
+        for text in sorted(self.unmatched):
+            if text in self.unfit:
+                raise PlanError(
+                    f"--tensor-type {text!r} matches only what no layer can hold quantized, such as {self.unfit[text]}"
+                )
+            raise PlanError(f"pattern {text!r} matches no tensor; list them with --dry-run")
 
     def _kept_by_pattern(self, info: TensorInfo) -> str | None:
         found = None
@@ -176,12 +182,17 @@ class _Chooser:
                 found = text
         return found
 
-    def _asked(self, info: TensorInfo) -> tuple[int, int | None, str] | None:
+    def _asked(self, info: TensorInfo) -> tuple[int, int | None] | None:
+        """Bits and group size of the last pattern that matches; norms, biases and buffers that match are passed by."""
         found = None
         for regex, bits, group_size, text in self.options._types:
-            if regex.search(info.name):
+            if not regex.search(info.name):
+                continue
+            if info.module == "other":
+                self.unfit.setdefault(text, info.name)
+            else:
                 self.unmatched.discard(text)
-                found = (bits, group_size, text)
+                found = (bits, group_size)
         return found
 
     @staticmethod
@@ -219,14 +230,20 @@ def _model_dtype(infos: list[TensorInfo], options: PlanOptions) -> str:
     return max(weights, key=lambda d: weights[d]) if weights else "F32"
 
 
-def _kept_dtype(info: TensorInfo, dtype: str, options: PlanOptions, quantized: bool, protected: frozenset[str]) -> str:
-    """Kept tensors stay as they are; beside float16 scales a float32 one would promote every activation."""
+def _kept_dtype(info: TensorInfo, dtype: str, protected: frozenset[str]) -> tuple[str, str]:
+    """Float dtype of a kept tensor, and the rest of its reason: the model's, as stock mlx-lm's own conversion does.
+
+    One float32 norm makes every activation behind it float32; bfloat16 beside float16 does the same.
+    """
     is_float = info.dtype in FLOAT_BYTES
     if info.name in protected:
-        return info.dtype if is_float else "F32"
-    if not is_float:
-        return dtype
-    return dtype if options.dtype is not None or quantized else info.dtype
+        return info.dtype if is_float else "F32", "; the architecture asks for its own dtype"
+    if not is_float or info.dtype == dtype:
+        return dtype, ""
+    own, stored = DTYPE_NAMES[info.dtype], DTYPE_NAMES[dtype]
+    if dtype == "F32":
+        return dtype, f"; stored as {stored} like the model's other weights"
+    return dtype, f"; stored as {stored}: {own} beside {stored} would promote activations"
 
 
 def _legal(bits: int, group_size: int, where: str) -> None:
@@ -236,7 +253,15 @@ def _legal(bits: int, group_size: int, where: str) -> None:
         raise PlanError(f"{where}{e}") from e
 
 
+def _texts(name: str, values: object) -> tuple[str, ...]:
+    if not isinstance(values, (tuple, list)) or not all(isinstance(v, str) for v in values):
+        raise PlanError(f"{name} must be a tuple or list of patterns, got {values!r}")
+    return tuple(values)
+
+
 def _regex(text: str, option: str) -> re.Pattern[str]:
+    if not text:
+        raise PlanError(f"{option} {text!r}: the pattern is empty")
     try:
         return re.compile(text)
     except re.error as e:

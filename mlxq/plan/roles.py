@@ -9,10 +9,30 @@ from mlxq.types import TensorInfo
 
 Role = Literal["embedding", "head", "router", "value", "down", "linear", "other"]
 
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output_head)$")
-_ROUTER = re.compile(r"(^|\.)(gate|router|router\.(layer|proj|classifier)|gate\.wg|shared_expert_gate)$")
-_VALUE = re.compile(r"(^|\.)(v_proj|v_a_proj|v_b_proj|kv_b_proj|qkv_proj|in_qkv|Wqkv|c_attn|query_key_value)$")
-_DOWN = re.compile(r"(^|\.)(down_proj|w2|fc2|fc_out|dense_4h_to_h|mlp\.c_proj|ff_out|output_linear)$")
+
+def _ends_in(*paths: str) -> re.Pattern[str]:
+    """Matches module paths that end in one of `paths` (regular expressions), whole parts only."""
+    return re.compile(rf"(^|\.)({'|'.join(paths)})$")
+
+
+# The names that mlx-lm's models use. A module called `output` is a head only outside of the blocks, where its path is
+# `output` or `model.output`; OLMo calls both its head and its down projections `ff_out`.
+_HEAD = re.compile(
+    r"(^|\.)(lm_head|lm_head\.linear|embed_out|output_head|transformer\.ff_out)$|^(language_model\.)?(model\.)?output$"
+)
+_ROUTER = _ends_in("gate", "router", r"router\.(layer|proj|classifier)", r"gate\.wg", "shared_expert_gate")
+_VALUE = _ends_in(
+    *("v_proj", "c_v", "attn_value"),
+    # One matrix for queries, keys and values.
+    *("qkv_proj", "q_k_v_proj", "qkvg_proj", "in_proj_qkv", "in_proj_qkvz", "in_qkv", "Wqkv", "wqkv", "W_pack"),
+    *("c_attn", "att_proj", "query_key_value", "kv_proj"),
+    # Low rank, and latent attention.
+    *("v_a_proj", "v_b_proj", "kv_b_proj", "unembed_out"),
+)
+_DOWN = _ends_in(
+    *("down_proj", "w2", "fc2", "fc_out", "dense_4h_to_h", r"mlp\.c_proj", "ff_out", "output_linear"),
+    *("proj_2", "mlp_resid", r"ffn\.value", "routed_expert_down_proj"),
+)
 _LAYER = re.compile(r"\.(\d+)\.")
 
 

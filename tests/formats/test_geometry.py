@@ -33,7 +33,6 @@ def test_block_formats_equal_ggml(name):
     kind = gguf.GGMLQuantizationType[name]
     assert (fmt.block_size, fmt.type_size) == gguf.GGML_QUANT_SIZES[kind]
     assert geometry.block_format(int(kind)) is fmt
-    assert geometry.block_row_bytes(64, name) == 64 // fmt.block_size * fmt.type_size
 
 
 def test_bits_per_weight_count_scales_and_biases():
@@ -61,7 +60,9 @@ def test_largest_group(K, preferred, expected):
         (lambda: geometry.packed_words(32, 1), ["2, 3, 4, 5, 6, 8", "got 1"]),
         (lambda: geometry.block_format("Q9_9"), ["Q9_9", "Q4_0 (2)", "BF16 (30)"]),
         (lambda: geometry.block_format(999), ["999", "Q8_0 (8)"]),
-        (lambda: geometry.block_row_bytes(33, "Q4_0"), ["32", "33"]),
+        (lambda: geometry.validate_affine(4.0, 64), ["2, 3, 4, 5, 6, 8", "got 4.0"]),
+        (lambda: geometry.validate_affine(4, 64.0), ["32, 64, 128", "got 64.0"]),
+        (lambda: geometry.packed_words(32, 4.0), ["2, 3, 4, 5, 6, 8", "got 4.0"]),
         (lambda: geometry.bpw(QuantSpec(4, 64), "I8"), ["I8", "F32, F16, BF16"]),
     ],
 )

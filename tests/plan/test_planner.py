@@ -117,12 +117,32 @@ def test_quantized_source_is_repacked_unless_something_else_is_asked():
     assert (cast.action, cast.dtype) == ("requantize", "BF16")
 
 
-def test_kept_tensors_of_a_float_source_keep_their_dtype_unless_asked():
-    tensors = [info("a.weight", (64, 128)), info("n.weight", (128,), "other", "F32")]
-    assert make_plan(tensors, PlanOptions()).tensors[1].dtype == "F32"
-    assert make_plan(tensors, PlanOptions(dtype="float16")).tensors[1].dtype == "F16"
-    protected = make_plan(tensors, PlanOptions(dtype="float16"), cast_protected=frozenset({"n.weight"}))
-    assert protected.tensors[1].dtype == "F32"
+def kept(norm_dtype, **options):
+    """The plan of a norm in `norm_dtype` beside a weight in bfloat16."""
+    tensors = [info("a.weight", (64, 128)), info("n.weight", (128,), "other", norm_dtype)]
+    protected = frozenset(options.pop("protected", ()))
+    return make_plan(tensors, PlanOptions(**options), cast_protected=protected).tensors[1]
+
+
+def test_kept_tensors_take_the_dtype_of_the_model():
+    """As stock mlx-lm's conversion does: one float32 norm would make all activations float32."""
+    norm = kept("F32")
+    assert norm.dtype == "BF16"
+    assert "float32 beside bfloat16 would promote activations" in norm.reason
+    assert kept("F16").dtype == "BF16"
+    assert kept("BF16").reason == "norm, bias or buffer: no layer holds it quantized"
+    assert kept("F32", dtype="float16").dtype == "F16"
+    assert kept("BF16", dtype="float32").dtype == "F32"
+
+
+def test_a_model_in_float32_keeps_its_norms():
+    tensors = [info("a.weight", (64, 128), dtype="F32"), info("n.weight", (128,), "other", "F32")]
+    assert [p.dtype for p in make_plan(tensors, PlanOptions()).tensors] == ["F32", "F32"]
+
+
+def test_tensors_that_the_architecture_protects_keep_their_dtype():
+    assert kept("F32", protected=["n.weight"]).dtype == "F32"
+    assert kept("F32", protected=["n.weight"], dtype="float16").dtype == "F32"
 
 
 def test_the_architecture_can_keep_a_layer_float_or_ask_for_bits():
@@ -145,6 +165,14 @@ def test_the_architecture_can_keep_a_layer_float_or_ask_for_bits():
         ({"tensor_types": ("q_proj=4:48",)}, ["48", "32, 64, 128"]),
         ({"tensor_types": ("(=4",)}, ["(", "regular expression"]),
         ({"keep": ("[",)}, ["[", "regular expression"]),
+        ({"keep": ("",)}, ["--keep", "empty"]),
+        ({"keep": "lm_head"}, ["keep", "'lm_head'", "tuple or list"]),
+        ({"keep": (5,)}, ["keep", "5", "tuple or list"]),
+        ({"tensor_types": "v_proj=6"}, ["tensor_types", "'v_proj=6'", "tuple or list"]),
+        ({"tensor_types": ("=6",)}, ["=6", "REGEX=BITS"]),
+        ({"bits": 4.0}, ["4.0", "2, 3, 4, 5, 6, 8"]),
+        ({"bits": True}, ["True", "2, 3, 4, 5, 6, 8"]),
+        ({"group_size": 64.0}, ["64.0", "32, 64, 128"]),
     ],
 )
 def test_illegal_options_are_refused_before_any_model(options, words):
@@ -160,9 +188,27 @@ def test_patterns_without_effect_are_refused(options):
         make_plan(model(), PlanOptions(**options))
 
 
-def test_overriding_a_norm_is_refused():
-    with pytest.raises(PlanError, match="input_layernorm"):
-        make_plan(model(), PlanOptions(tensor_types=("layernorm=4",)))
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [("v_proj", N_LAYERS), ("self_attn", 2 * N_LAYERS), (r"layers\.0\.", 4), (".*", 4 * N_LAYERS + 2)],
+)
+def test_patterns_that_match_norms_and_biases_too_pass_them_by(pattern, expected):
+    tensors = [*model(), *(info(f"model.layers.{i}.self_attn.v_proj.bias", (64,), "other") for i in range(N_LAYERS))]
+    plan = make_plan(tensors, PlanOptions(tensor_types=(f"{pattern}=8:32",)))
+    assert sum(s == QuantSpec(8, 32) for s in specs(plan).values()) == expected
+    assert all(p.action == "keep" for p in plan.tensors if p.info.module == "other")
+
+
+@pytest.mark.parametrize("pattern", ["layernorm", r"\.bias$"])
+def test_a_pattern_that_matches_norms_and_biases_alone_is_refused(pattern):
+    tensors = [*model(), info("model.layers.0.self_attn.v_proj.bias", (64,), "other")]
+    with pytest.raises(PlanError, match=r"no layer can hold quantized, such as model\.layers\.0"):
+        make_plan(tensors, PlanOptions(tensor_types=("q_proj=8", f"{pattern}=4")))
+
+
+def test_patterns_may_come_in_a_list():
+    options = PlanOptions(tensor_types=["q_proj=8"], keep=["lm_head"])
+    assert options == PlanOptions(tensor_types=("q_proj=8",), keep=("lm_head",))
 
 
 @pytest.mark.parametrize(
@@ -174,6 +220,18 @@ def test_overriding_a_norm_is_refused():
         ("model.layers.1.mlp.switch_mlp.down_proj.weight", "down"),
         ("model.layers.1.self_attn.qkv_proj.weight", "value"),
         ("lm_head.weight", "head"),
+        ("output.weight", "head"),
+        ("language_model.model.output.weight", "head"),
+        ("model.transformer.ff_out.weight", "head"),
+        ("model.transformer.blocks.3.ff_out.weight", "down"),
+        ("bert.layers.1.attention.output.weight", "linear"),
+        ("model.layers.1.attention.wqkv.weight", "value"),
+        ("transformer.h.1.attn.c_v.weight", "value"),
+        ("model.blocks.1.attn.attn_value.weight", "value"),
+        ("model.layers.1.self_attn.unembed_out.weight", "value"),
+        ("model.layers.1.ffn.value.weight", "down"),
+        ("transformer.h.1.mlp.c_proj.weight", "down"),
+        ("transformer.h.1.attn.c_proj.weight", "linear"),
     ],
 )
 def test_roles(name, expected):
