@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from types import FrameType
 
 
@@ -19,6 +20,11 @@ def _terminate(number: int, _: FrameType | None) -> None:
     raise _Terminated(number)
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    if sys.stderr:
+        print(f"mlxq: warning: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of the `mlxq` command."""
     from mlxq.errors import MlxqError
@@ -26,6 +32,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:
             signal.signal(number, _terminate)
+    warnings.showwarning = _warn
     try:
         from mlxq.cli.app import run
 

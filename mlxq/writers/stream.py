@@ -22,7 +22,7 @@ from mlxq.formats import floats
 from mlxq.ops.threads import map_in_threads
 from mlxq.plan.planner import Plan
 from mlxq.quantizers import rtn
-from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, QuantizedTensor, TensorPlan
+from mlxq.types import CancelToken, Progress, ProgressCallback, QuantizedTensor, TensorPlan
 from mlxq.writers import mlx as mlx_writer
 from mlxq.writers.safetensors import HASH_PIECE, SafetensorsWriter, sha256
 
@@ -158,8 +158,6 @@ class WeightStream:
 
     def _cast(self, plan: TensorPlan, w: np.ndarray) -> np.ndarray:
         """A kept tensor in its stored dtype; what rounding changes is noted."""
-        if plan.dtype not in FLOAT_BYTES:
-            return w
         if not floats.all_finite(w):
             raise FormatError("a weight is NaN or infinite")
         dtype = floats.dtype_of(w)
