@@ -84,8 +84,9 @@ class MemoryEstimate:
         }
 
     def __str__(self) -> str:
-        parts = f"weights {_mb(self.weights)}, KV cache {_mb(self.kv_cache)}, scratch about {_mb(self.scratch)}"
-        return f"{_mb(self.total)} ({parts})" + "".join(f"; {n}" for n in self.notes)
+        parts = {"weights": self.weights, "KV cache": self.kv_cache, "scratch about": self.scratch}
+        listed = ", ".join(f"{name} {human_bytes(n)}" for name, n in parts.items())
+        return f"{human_bytes(self.total)} ({listed})" + "".join(f"; {n}" for n in self.notes)
 
 
 def memory_to_run(weight_bytes: int, config: dict[str, Any], context: int) -> MemoryEstimate:
@@ -211,5 +212,10 @@ def _stepped(tokens: int) -> int:
     return -(-tokens // _CACHE_STEP) * _CACHE_STEP
 
 
-def _mb(n: int) -> str:
-    return f"{n / 1e9:.2f} GB" if n >= 10**9 else f"{n / 1e6:.1f} MB"
+def human_bytes(n: float) -> str:
+    """`1234567` -> `1.2 MB`, in powers of ten as disks and the Hub count."""
+    for unit in ("B", "kB", "MB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} GB"

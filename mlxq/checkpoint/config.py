@@ -23,7 +23,6 @@ _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 _TWO_ROPE_BASES = frozenset({"gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gear"})
 
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
-_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float": "F32", "half": "F16"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -175,16 +174,6 @@ def context_length(config: dict[str, Any]) -> int | None:
             value = part.get(key)
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
-    return None
-
-
-def float_dtype(config: dict[str, Any]) -> str | None:
-    """The model's float type, `F32`, `F16` or `BF16`, as the configuration declares it; None when it does not."""
-    for part in (config, config.get("text_config") or {}):
-        for key in ("dtype", "torch_dtype"):
-            value = part.get(key)
-            if isinstance(value, str) and value.removeprefix("torch.") in _DTYPES:
-                return _DTYPES[value.removeprefix("torch.")]
     return None
 
 

@@ -125,11 +125,6 @@ class SafetensorsDirectory(Checkpoint):
             raise CheckpointError(f"{self.path}: tensor {quoted(name)} is {entry.dtype}, not F32, F16 or BF16")
         return self._stored.read(name, rows)
 
-    @property
-    def has_tokenizer(self) -> bool:
-        """Whether the directory has the files of a tokenizer."""
-        return is_tokenizer(find_companions(self.path))
-
     def companion_files(self) -> dict[str, Path | bytes]:
         """Tokenizer, chat template, generation config and licence files: name in the output -> path here."""
         return dict(find_companions(self.path))

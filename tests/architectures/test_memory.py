@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mlxq.architectures.memory import PROMPT_CHUNK, kv_cache_bytes, memory_to_run
+from mlxq.architectures.memory import PROMPT_CHUNK, human_bytes, kv_cache_bytes, memory_to_run
 from mlxq.architectures.registry import build_model
 
 LLAMA = {
@@ -104,3 +104,10 @@ def test_unknown_numbers_are_said() -> None:
     estimate = memory_to_run(5, {"model_type": "mystery"}, 100)
     assert estimate.kv_cache == 0
     assert "not counted" in estimate.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("n", "expected"), [(0, "0 B"), (999, "999 B"), (1234, "1.2 kB"), (1_234_567, "1.2 MB"), (5.25e12, "5250.0 GB")]
+)
+def test_human_bytes(n, expected):
+    assert human_bytes(n) == expected

@@ -216,10 +216,3 @@ def test_context_length():
     assert C.context_length({"text_config": {"max_position_embeddings": 4096}}) == 4096
     assert C.context_length({"n_positions": 1024, "max_position_embeddings": None}) == 1024
     assert C.context_length({}) is None
-
-
-def test_float_dtype():
-    assert C.float_dtype({"dtype": "bfloat16"}) == "BF16"
-    assert C.float_dtype({"torch_dtype": "torch.float16"}) == "F16"
-    assert C.float_dtype({"text_config": {"torch_dtype": "float32"}}) == "F32"
-    assert C.float_dtype({"torch_dtype": "auto"}) is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from checkpoint_builders import floats, write_config, write_index, write_safetensors
 
-from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint
+from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, is_tokenizer
 from mlxq.errors import CheckpointError
 
 
@@ -209,11 +209,11 @@ def test_companion_files(model):
         ([], False),
     ],
 )
-def test_has_tokenizer(model, files, expected):
+def test_is_tokenizer(model, files, expected):
     write_safetensors(model / "model.safetensors", {"a.weight": floats(2, 2)})
     for name in files:
         (model / name).write_text("{}")
-    assert HuggingFaceCheckpoint(model).has_tokenizer is expected
+    assert is_tokenizer(HuggingFaceCheckpoint(model).companion_files()) is expected
 
 
 def test_many_shards_keep_no_files_open(model):

@@ -16,18 +16,7 @@ from tiny import LLAMA
 
 from mlxq.architectures.registry import build_model
 
-BASE = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 512,
-    "tie_word_embeddings": False,
-}
+BASE = {k: v for k, v in LLAMA.items() if k not in ("architectures", "model_type")}
 
 #: name -> config, and the bits to quantize to (None: float).
 ZOO: dict[str, tuple[dict[str, Any], int | None]] = {
