@@ -1,6 +1,6 @@
 """What rounding to nearest costs: the proof's figures at each number of bits, group 64, as a Markdown table.
 
-    python bench/quality.py CHECKPOINT
+python bench/quality.py CHECKPOINT
 """
 
 import argparse

@@ -44,7 +44,8 @@ def generate(
     revision: Revision = None,
 ) -> None:
     """Generate text. The answer goes to standard output, speed and memory to standard error."""
-    from mlxq.cli.render import ProgressBars, human_bytes
+    from mlxq.architectures.memory import human_bytes
+    from mlxq.cli.render import ProgressBars
     from mlxq.runtime.generate import stream
     from mlxq.runtime.load import load
 

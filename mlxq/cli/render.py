@@ -6,6 +6,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from mlxq.architectures.memory import human_bytes, memory_to_run
 from mlxq.types import Progress
 
 if TYPE_CHECKING:
@@ -21,15 +22,6 @@ _LABELS = {
     "prompt": "Reading the prompt",
     "generate": "Generating",
 }
-
-
-def human_bytes(n: float) -> str:
-    """`1234567` -> `1.2 MB`, in powers of ten as disks and the Hub count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(n) < 1000 or unit == "GB":
-            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1000
-    return ""
 
 
 class ProgressBars:
@@ -96,8 +88,6 @@ def _bars() -> Any:
 
 def print_plan(plan: Plan, config: dict[str, Any], context: int) -> None:
     """The whole plan, one line a tensor, and the totals."""
-    from mlxq.architectures.memory import memory_to_run
-
     rows = [("tensor", "shape", "from", "to", "bytes", "why")]
     for p in plan.tensors:
         to = f"{p.action} {p.spec} {p.dtype}" if p.spec else f"keep {p.dtype}"

@@ -21,7 +21,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.architectures.registry import build_model
 from mlxq.runtime.layers import install_layers
 from mlxq.runtime.weights import load_parameters, release_parameters
 
@@ -51,7 +50,7 @@ class StreamedModel:
         self._spool: Any = None
 
     def _build(self) -> None:
-        self._model = build_model(self._map.checkpoint.config)
+        self._model = self._map.new_model()
         install_layers(self._model, self._map.tensors)
         self._model.eval()
         self.whole: str | None = None

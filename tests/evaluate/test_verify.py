@@ -178,15 +178,15 @@ def test_a_configuration_that_differs_fails_though_no_tensor_does(source: Path, 
 def test_a_conversion_that_breaks_a_tensor_names_it_and_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlxq import conversion
+    from mlxq.quantizers import rtn
 
-    quantize = conversion.rtn.quantize
+    quantize = rtn.quantize
     down_shape = tiny.llama_shapes(tiny.LLAMA)[f"{DOWN}.weight"]
 
     def wrong(w: np.ndarray, *args: object) -> object:
         return quantize(np.roll(w, 1, axis=0) if w.shape == down_shape else w, *args)
 
-    monkeypatch.setattr(conversion.rtn, "quantize", wrong)
+    monkeypatch.setattr(rtn, "quantize", wrong)
     with pytest.raises(VerificationError, match="2 of 21 tensors") as e:
         convert(source, tmp_path / "out", bits=4)
     assert "\n" not in str(e.value)

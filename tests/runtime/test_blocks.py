@@ -230,15 +230,25 @@ def test_a_model_without_a_trunk_is_run_whole_and_says_so(tmp_path: Path, monkey
 def test_shared_modules_are_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = save(tmp_path / "m", config_of("llama"))
 
-    def shared(config: dict[str, Any]) -> Any:
-        model = build_model(config)
-        model.model.layers[1].mlp = model.model.layers[0].mlp
-        return model
-
     with open_checkpoint(path) as checkpoint:
         parameter_map = ParameterMap(checkpoint)
-        monkeypatch.setattr(blocks, "build_model", shared)
+        model = parameter_map.new_model()
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+        monkeypatch.setattr(parameter_map, "new_model", lambda: model)
         assert "share" in (StreamedModel(parameter_map).whole or "")
+
+
+def test_a_head_that_sanitize_takes_away_is_not_waited_for(tmp_path: Path) -> None:
+    """gemma3_text builds a head and drops it when the checkpoint, tied, has none."""
+    config = {**BASE, "model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 2, "head_dim": 16}
+    path = save(tmp_path / "m", config)
+    weights = mx.load(str(path / "model.safetensors"))
+    mx.eval(list(weights.values()))
+    del weights["lm_head.weight"]
+    mx.save_safetensors(str(path / "model.safetensors"), weights, metadata={"format": "mlx"})
+    with open_checkpoint(path) as checkpoint, StreamedModel(ParameterMap(checkpoint)) as streamed:
+        n = streamed.run(SEQUENCES)
+        assert np.isfinite(streamed.logits(np.arange(n))).all()
 
 
 def test_the_maps_own_model_is_left_alone(tmp_path: Path) -> None:
