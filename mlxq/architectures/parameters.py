@@ -160,6 +160,10 @@ class ParameterMap:
         array = self._compute(name)
         return array if rows is None else array[rows].copy()
 
+    def is_computed(self, name: str) -> bool:
+        """Whether a parameter is made of several source tensors, in memory as a whole, rather than read by rows."""
+        return name in self._computed
+
     def read_quantized(self, name: str, rows: slice | None = None) -> QuantizedTensor:
         """Codes and grid of a parameter whose `TensorInfo.spec` is set."""
         return self.checkpoint.read_quantized(self._direct[name], rows)

@@ -132,11 +132,21 @@ class WeightStream:
             return work.name, sha256(work, self.cancel.check)
         name = work.plan.info.name
         try:
-            with self._budget.hold(4 * work.size):
+            with self._budget.hold(*self._memory(work)):
                 self._convert(writer, work)
         except FormatError as e:
             raise FormatError(f"{name}: {e}") from e
         return name, work.plan.info.nbytes * work.size // max(work.plan.info.size, 1)
+
+    def _memory(self, chunk: _Chunk) -> tuple[object, int]:
+        """What a chunk needs, in bytes, and with which other chunks it shares that.
+
+        A computed tensor is made whole, beside the tensors that it is made of; all its chunks read the same array.
+        """
+        info = chunk.plan.info
+        if self.parameters.is_computed(info.name):
+            return info.name, 2 * info.nbytes
+        return object(), 4 * chunk.size
 
     def _convert(self, writer: SafetensorsWriter, chunk: _Chunk) -> None:
         plan, rows = chunk.plan, chunk.rows
@@ -184,23 +194,33 @@ class WeightStream:
 
 
 class _Budget:
-    """Bytes that may be held at once. A request larger than all of it waits until it is alone."""
+    """Bytes that may be held at once; holders of the same key share one share.
+
+    A request larger than the whole budget waits until it is alone.
+    """
 
     def __init__(self, nbytes: int):
         self._total = self._free = nbytes
+        self._holders: dict[object, int] = {}
         self._changed = threading.Condition()
 
     @contextlib.contextmanager
-    def hold(self, nbytes: int) -> Iterator[None]:
+    def hold(self, key: object, nbytes: int) -> Iterator[None]:
         nbytes = min(nbytes, self._total)
         with self._changed:
-            self._changed.wait_for(lambda: self._free >= nbytes)
-            self._free -= nbytes
+            self._changed.wait_for(lambda: key in self._holders or self._free >= nbytes)
+            if key not in self._holders:
+                self._holders[key] = 0
+                self._free -= nbytes
+            self._holders[key] += 1
         try:
             yield
         finally:
             with self._changed:
-                self._free += nbytes
+                self._holders[key] -= 1
+                if not self._holders[key]:
+                    del self._holders[key]
+                    self._free += nbytes
                 self._changed.notify_all()
 
 
