@@ -23,7 +23,8 @@ _CHUNK = 1 << 17
 @dataclass(frozen=True)
 class TokenScores:
     """Per token, float64 `[n]`: `kl` in nats, `agree` (1.0 where both put the same token first), and the negative
-    log likelihood of the next token under source and result. NaN where logits are not finite."""
+    log likelihood of the next token under source and result. A logit of negative infinity is a probability of 0; NaN
+    where one is NaN or positive infinity."""
 
     kl: np.ndarray
     agree: np.ndarray
@@ -86,6 +87,9 @@ def _score(source: np.ndarray, result: np.ndarray, targets: np.ndarray, scores: 
         scores.nll_result[part] = log_b - b[rows, targets]
         # sum_v p_v (log p_v - log q_v) with log p = a - log_a and log q = b - log_b; never below 0 but for rounding.
         difference = np.subtract(a, b, out=b)
+        if not a.min() > -np.inf:
+            # What the source rules out adds p log(p / q) = 0, whatever the result says.
+            difference[np.isneginf(a)] = 0.0
         kl = np.einsum("ij,ij->i", p, difference) / total - log_a + log_b
     scores.kl[part] = np.maximum(kl, 0.0)
     scores.agree[part] = source.argmax(axis=1) == result.argmax(axis=1)

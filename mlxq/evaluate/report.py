@@ -12,7 +12,7 @@ def render(result: VerificationResult) -> str:
     """What the proof measured, with the yardstick beside each number."""
     error = f" ± {result.kl_se:.2g}" if result.kl_se is not None else ""
     bounded = math.isfinite(result.kl_bound)
-    limit = f"rounding explains at most {result.kl_bound:.2g}" if bounded else "rounding may explain any"
+    limit = f"at most {result.kl_bound:.2g} is accepted" if bounded else "without bound"
     before, after = result.perplexity_source, result.perplexity_result
     lines = [
         f"Proof over {result.n_tokens:,} tokens of {result.n_sequences} texts, source against result"

@@ -1,50 +1,59 @@
-"""How far each tensor of a result is from its source: decoded weights compared by rows, whatever either format is."""
+"""How far each tensor of a result is from its source: decoded weights compared by rows, whatever either format is.
+
+A tensor that was taken over as it is (the same codes in the same grid, or floats of the same type) is compared bit for
+bit instead: two formats may round what they decode differently, up to 2^-11 twice in float16.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.evaluate.bounds import expected_rmse, largest_rmse
-from mlxq.formats.floats import dtype_of, to_float32
+from mlxq.evaluate.bounds import expected_rmse, largest_rmse, smallest_step
+from mlxq.formats.floats import all_finite, dtype_of, to_float32
 from mlxq.types import CancelToken, QuantSpec, TensorInfo
 
 #: Weights compared at a time.
 _CHUNK = 1 << 22
-#: Relative RMSE of the same weights, should one format decode them with float16 arithmetic (roundoff 2^-11).
-_EXACT = 1e-3
 
 
 @dataclass(frozen=True)
 class TensorError:
     """`rmse` is `|w_hat - w| / |w|` over the tensor `name` of a result, NaN where it is not finite.
 
-    `exact` says that it holds the source's own codes or floats.
+    `exact` says that it should hold the source's own codes or floats; then `rmse` is 0 where all bits are the same.
+    `negligible` says that the error is no larger than the smallest step of the grid, whatever part of tiny weights.
     """
 
     name: str
     rmse: float
     spec: QuantSpec | None
     exact: bool = False
+    negligible: bool = False
 
     @property
     def expected(self) -> float:
         """What rounding to the tensor's format causes in ordinary weights."""
-        return _EXACT if self.exact else expected_rmse(self.spec)
+        return 0.0 if self.exact else expected_rmse(self.spec)
 
     @property
     def broken(self) -> bool:
         """Whether it is further from its source than rounding can bring it."""
-        return not self.rmse <= (_EXACT if self.exact else largest_rmse(self.spec))
+        if self.exact:
+            return self.rmse != 0
+        return not (self.negligible or self.rmse <= largest_rmse(self.spec))
 
     @property
     def excess(self) -> float:
-        """How many times the expected error it has; infinite when it is not finite."""
-        return self.rmse / self.expected if math.isfinite(self.rmse) else math.inf
+        """How many times the expected error it has; infinite when it is not finite or none is expected."""
+        if self.negligible or self.rmse == 0:
+            return 0.0
+        return self.rmse / self.expected if math.isfinite(self.rmse) and self.expected else math.inf
 
     def __str__(self) -> str:
         size = f"{self.rmse:.2g}" if math.isfinite(self.rmse) else "not finite"
@@ -78,30 +87,77 @@ def tensor_errors(source: ParameterMap, result: ParameterMap, cancel: CancelToke
     for name, info in result.tensors.items():
         if name not in source.tensors or source.tensors[name].shape != info.shape:
             continue
-        errors.append(
-            TensorError(
-                name, _relative_rmse(source, result, name, cancel), info.spec, same_format(source.tensors[name], info)
-            )
-        )
-    return sorted(errors, key=lambda e: -e.excess)
+        exact = same_format(source.tensors[name], info)
+        if exact and _same_bits(source, result, info, cancel):
+            errors.append(TensorError(name, 0.0, info.spec, exact))
+            continue
+        rmse, negligible = _relative_rmse(source, result, info, cancel)
+        errors.append(TensorError(name, rmse, info.spec, exact, negligible and not exact))
+    return sorted(errors, key=lambda e: (-e.excess, -e.rmse if math.isfinite(e.rmse) else -math.inf))
 
 
-def _relative_rmse(source: ParameterMap, result: ParameterMap, name: str, cancel: CancelToken | None) -> float:
-    info = result.tensors[name]
-    n_rows = info.shape[0] if info.shape else 0
-    step = max(_CHUNK // max(info.size // max(n_rows, 1), 1), 1)
-    parts = [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)] or [None]
+def not_finite(parameters: ParameterMap, cancel: CancelToken | None = None) -> list[str]:
+    """Names of the tensors whose values, or scales or biases, are not all finite. Codes always are.
+
+    Raises:
+        CheckpointError: a tensor cannot be read.
+        Cancelled: through `cancel`.
+    """
+    return [
+        info.name
+        for info in parameters.tensors.values()
+        if not all(all_finite(a) for rows in _parts(info, cancel) for a in _floats(parameters, info, rows))
+    ]
+
+
+def _floats(parameters: ParameterMap, info: TensorInfo, rows: slice | None) -> list[np.ndarray]:
+    if info.spec is None:
+        return [parameters.read(info.name, rows)]
+    quantized = parameters.read_quantized(info.name, rows)
+    return [quantized.scales, quantized.biases]
+
+
+def _same_bits(source: ParameterMap, result: ParameterMap, info: TensorInfo, cancel: CancelToken | None) -> bool:
+    for rows in _parts(info, cancel):
+        if info.spec is None:
+            pairs = [(source.read(info.name, rows), result.read(info.name, rows))]
+        else:
+            a, b = (p.read_quantized(info.name, rows) for p in (source, result))
+            pairs = [(a.w_q, b.w_q), (a.scales, b.scales), (a.biases, b.biases)]
+        if not all(np.array_equal(_bits(a), _bits(b)) for a, b in pairs):
+            return False
+    return True
+
+
+def _bits(a: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(a).reshape(-1).view(f"u{a.itemsize}")
+
+
+def _relative_rmse(
+    source: ParameterMap, result: ParameterMap, info: TensorInfo, cancel: CancelToken | None
+) -> tuple[float, bool]:
+    """Relative RMSE of a tensor, and whether each weight is (in the mean square) within the smallest step."""
     difference = size = 0.0
-    for rows in parts:
-        if cancel is not None:
-            cancel.check()
-        w, w_hat = _float32(source, name, rows), _float32(result, name, rows)
+    for rows in _parts(info, cancel):
+        w, w_hat = _float32(source, info.name, rows), _float32(result, info.name, rows)
         size += float(np.vdot(w, w))
         w_hat -= w
         difference += float(np.vdot(w_hat, w_hat))
     if not math.isfinite(difference):
-        return math.nan
-    return math.sqrt(difference / size) if size else (math.inf if difference else 0.0)
+        return math.nan, False
+    dtype = info.scales_dtype if info.spec else info.dtype
+    negligible = difference <= info.size * smallest_step(info.spec, dtype) ** 2
+    return math.sqrt(difference / size) if size else (math.inf if difference else 0.0), negligible
+
+
+def _parts(info: TensorInfo, cancel: CancelToken | None) -> Iterator[slice | None]:
+    """Ranges of rows of at most `_CHUNK` weights (at least one row); None for a scalar."""
+    n_rows = info.shape[0] if info.shape else 0
+    step = max(_CHUNK // max(info.size // max(n_rows, 1), 1), 1)
+    for rows in [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)] or [None]:
+        if cancel is not None:
+            cancel.check()
+        yield rows
 
 
 def _float32(parameters: ParameterMap, name: str, rows: slice | None) -> np.ndarray:

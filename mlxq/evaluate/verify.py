@@ -17,21 +17,21 @@ import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
+from mlxq.checkpoint.config import context_length
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError
-from mlxq.evaluate.bounds import kl_bound, suspicious_kl
+from mlxq.evaluate.bounds import better_than_chance, kl_bound, suspicious_kl
 from mlxq.evaluate.divergence import Accumulator, Divergence, score_tokens
-from mlxq.evaluate.tensors import TensorError, same_format, tensor_errors
-from mlxq.evaluate.texts import token_sequences
+from mlxq.evaluate.tensors import TensorError, not_finite, same_format, tensor_errors
+from mlxq.evaluate.texts import MAX_TOKENS, token_sequences
+from mlxq.evaluate.verdict import NAMED, config_difference, failure, remarks
 from mlxq.types import CancelToken, Progress, ProgressCallback
 
 #: Logits of one model that are computed at a time (32 MB in float32), but at least so many rows: the head is decoded
 #: once for each chunk.
 _LOGITS = 1 << 23
 _LEAST_ROWS = 64
-#: Tensors named when a result is broken.
-_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,13 @@ class VerificationResult:
     """What the proof measured.
 
     Attributes:
-        passed: the result is finite, its divergence within `kl_bound`, and (compared when the divergence is beyond
-            what needs no second look, see `bounds`) no tensor further from its source than rounding can bring it.
+        passed: the result's configuration is the source's; all its tensors and logits are finite; no tensor is further
+            from its source than rounding can bring it (compared when the divergence is beyond what needs no second
+            look, see `bounds`); and `kl` is within `kl_bound`.
         failure: one line that says why not, naming the tensors furthest from the source; empty when it passed.
         kl, kl_se: mean KL(source || result) in nats per token, and its standard error.
-        kl_bound: the largest `kl` that the result's bits per weight explain; infinite where they explain anything.
+        kl_bound: the largest `kl` that is accepted at the result's bits per weight; infinite where rounding may do
+            anything, and where the source predicts text no better than chance.
         agreement: share of tokens for which both put the same token first.
         perplexity_source, perplexity_result: of the text, before and after.
         n_tokens, n_sequences: tokens scored, and independent texts that they come from.
@@ -125,12 +127,16 @@ def verify(
             bpw = 8 * sum(t.nbytes for t in tensors) / max(sum(t.size for t in tensors), 1)
         divergence, notes = _Comparison(parameters, result, sequences, progress, cancel).run()
         exact = {t.name for t in tensors if same_format(parameters.tensors.get(t.name), t)}
-        # A comparison with NaN is false, so this holds for a divergence that is not finite too.
-        suspicious = not divergence.kl <= suspicious_kl(tensors, exact)
+        # A comparison with NaN is false, so this holds for a divergence that is not finite too. A tensor may be broken
+        # where the text does not reach it.
+        suspicious = not divergence.kl <= suspicious_kl(tensors, exact) or bool(not_finite(result, cancel))
         errors = tensor_errors(parameters, result, cancel) if suspicious else []
-        bound = kl_bound(tensors, exact)
-        reason = _failure(divergence, bound, bpw, errors)
-        notes += _remarks(divergence, bound, suspicious, _vocabulary(parameters.checkpoint))
+        vocabulary = _vocabulary(parameters.checkpoint)
+        predicts = better_than_chance(divergence.nll_source, vocabulary)
+        bound = kl_bound(tensors, exact, predicts=predicts)
+        difference = config_difference(parameters.checkpoint.config, checkpoint.config)
+        reason = failure(difference, divergence, bound, bpw, errors)
+        notes += remarks(divergence, bound, suspicious, predicts, vocabulary)
     return VerificationResult(
         passed=not reason,
         failure=reason,
@@ -143,7 +149,7 @@ def verify(
         n_tokens=divergence.n_tokens,
         n_sequences=divergence.n_sequences,
         bpw=bpw,
-        worst_tensors=tuple(errors[:_NAMED]) if reason else (),
+        worst_tensors=tuple(errors[:NAMED]) if reason else (),
         notes=notes,
         seconds=time.perf_counter() - began,
         peak_memory=peak_memory(),
@@ -200,7 +206,8 @@ class _Comparison:
             for part in self._chunks():
                 rows = self._rows[part]
                 a = source.logits(rows)
-                if not np.isfinite(a).all():
+                # Models that mask tokens give them negative infinity, which is a probability of 0.
+                if not np.isfinite(a.max(axis=1)).all():
                     raise CheckpointError(
                         f"{self._where}: the source itself yields logits that are NaN or infinite, so there is nothing"
                         " to compare with (--no-verify converts it all the same)"
@@ -222,7 +229,9 @@ def _sequences(checkpoint: Checkpoint) -> list[list[int]]:
             f"{checkpoint.path}: has no tokenizer, so no text can be read to verify the result; copy tokenizer.json"
             " (or tokenizer.model) from the original model, or pass --no-verify"
         )
-    return token_sequences(load_tokenizer(checkpoint), _vocabulary(checkpoint))
+    # Positions that a table does not have are read from whatever lies behind it.
+    longest = min(context_length(checkpoint.config) or MAX_TOKENS, MAX_TOKENS)
+    return token_sequences(load_tokenizer(checkpoint), _vocabulary(checkpoint), longest)
 
 
 def _vocabulary(checkpoint: Checkpoint) -> int | None:
@@ -231,37 +240,6 @@ def _vocabulary(checkpoint: Checkpoint) -> int | None:
         if isinstance(size, int):
             return size
     return None
-
-
-def _failure(divergence: Divergence, bound: float, bpw: float, errors: list[TensorError]) -> str:
-    """Why the result is broken, in one line that names the worst tensors, or an empty string."""
-    broken = [e for e in errors if e.broken]
-    if not (math.isfinite(divergence.kl) and math.isfinite(divergence.nll_result)):
-        reason = "the converted model yields logits that are NaN or infinite"
-    elif broken:
-        count = f"{len(broken)} of {len(errors)} tensors are" if len(broken) > 1 else "one tensor is"
-        reason = f"the converted model is broken: {count} further from the source than rounding can bring them"
-    elif divergence.kl > bound:
-        error = f" ± {divergence.kl_se:.2g}" if divergence.kl_se is not None else ""
-        reason = (
-            f"the converted model is broken: KL divergence {divergence.kl:.3g}{error} nats per token, but rounding to"
-            f" {bpw:.2f} bits per weight explains at most {bound:.3g}"
-        )
-    else:
-        return ""
-    if broken:
-        return f"{reason}; worst: {', '.join(map(str, broken[:_NAMED]))}"
-    return f"{reason}; no tensor is out of line, the largest error is that of {', '.join(map(str, errors[:3]))}"
-
-
-def _remarks(divergence: Divergence, bound: float, compared: bool, vocabulary: int | None) -> tuple[str, ...]:
-    """What a passing number does not say by itself."""
-    notes = []
-    if compared and math.isinf(bound):
-        notes.append("at these bits rounding may change predictions without bound; every tensor was compared instead")
-    if vocabulary and divergence.nll_source <= math.log(vocabulary) < divergence.nll_result:
-        notes.append("the result predicts text worse than chance does: use more bits")
-    return tuple(notes)
 
 
 def _rounded(x: float | None) -> float | None:

@@ -7,8 +7,18 @@ import math
 import numpy as np
 import pytest
 
-from mlxq.evaluate.bounds import UNRELATED, expected_rmse, kl_bound, largest_rmse, noise, suspicious_kl
-from mlxq.formats import affine
+from mlxq import ops
+from mlxq.evaluate.bounds import (
+    UNRELATED,
+    better_than_chance,
+    expected_rmse,
+    kl_bound,
+    largest_rmse,
+    noise,
+    smallest_step,
+    suspicious_kl,
+)
+from mlxq.formats import affine, floats
 from mlxq.formats.geometry import AFFINE_BITS, AFFINE_GROUP_SIZES
 from mlxq.types import QuantSpec, TensorInfo
 
@@ -57,7 +67,31 @@ MEASURED = {8: 0.0055, 6: 0.057, 5: 0.19, 4: 0.87}
 @pytest.mark.parametrize("bits", MEASURED)
 def test_the_hardest_model_is_well_within_the_bound(bits: int) -> None:
     bound = kl_bound(_model(bits, head=bits, embedding=max(bits, 6)))
-    assert 5 * MEASURED[bits] < bound < 10 * MEASURED[bits]
+    assert 5 * MEASURED[bits] < bound < max(10 * MEASURED[bits], 1.01)
+
+
+def test_what_predicts_nothing_has_no_bound_unless_nothing_is_rounded() -> None:
+    model = _model(8)
+    assert math.isinf(kl_bound(model, predicts=False))
+    assert kl_bound(model, {t.name for t in model}, predicts=False) < 0.01
+    assert better_than_chance(3.0, 320)
+    assert not better_than_chance(math.log(320), 320)
+    assert not better_than_chance(math.nan, 320)
+    assert better_than_chance(50.0, None), "nobody knows"
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16"])
+@pytest.mark.parametrize("bits", AFFINE_BITS)
+def test_tiny_weights_err_by_the_smallest_step_at_most(bits: int, dtype: str) -> None:
+    """Down to weights that all become 0, the error is one that `largest_rmse` or `smallest_step` allows."""
+    spec = QuantSpec(bits, 64)
+    w = np.random.default_rng(2).standard_normal((16, 256), dtype=np.float32)
+    for size in 2.0 ** np.arange(-40, 0, 1.0):
+        scaled = floats.to_float32(floats.from_float32((w * size).astype(np.float32), dtype), dtype)
+        w_q, scales, biases = ops.quantize(floats.from_float32(scaled, dtype), bits=bits, group_size=64)
+        w_hat = ops.dequantize(w_q, *(floats.to_float32(a, dtype) for a in (scales, biases)), bits=bits, group_size=64)
+        error = np.linalg.norm(w_hat - scaled)
+        assert error <= max(largest_rmse(spec) * np.linalg.norm(scaled), smallest_step(spec, dtype) * w.size**0.5)
 
 
 def test_there_is_no_bound_where_rounding_may_do_anything() -> None:

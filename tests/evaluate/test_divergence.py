@@ -118,3 +118,21 @@ def test_standard_error_predicts_the_spread_of_the_mean() -> None:
 
 def test_a_single_sequence_has_no_standard_error() -> None:
     assert ratio_standard_error(np.array([3.0]), np.array([4.0])) is None
+
+
+def test_negative_infinity_is_a_probability_of_zero() -> None:
+    rng = np.random.default_rng(5)
+    source, result = rng.standard_normal((2, 6, 8))
+    targets = np.array([0, 1, 2, 3, 0, 1])
+    expected = score_tokens(source[:, :4], result[:, :4], targets)
+    source[:, 4:] = -np.inf
+    result[:, 4:] = -np.inf
+    found = score_tokens(source, result, targets)
+    for a, b in ((expected.kl, found.kl), (expected.nll_source, found.nll_source), (expected.agree, found.agree)):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+    result[0, 5] = 0.0  # only the source rules it out: finite, and further away
+    result[1, 3] = -np.inf  # only the result does: infinitely far
+    found = score_tokens(source, result, targets)
+    assert expected.kl[0] < found.kl[0] < np.inf
+    assert found.kl[1] == np.inf
+    np.testing.assert_allclose(found.kl[2:], expected.kl[2:], rtol=1e-12)

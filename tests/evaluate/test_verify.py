@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from tokenizers import pre_tokenizers
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion import convert
 from mlxq.errors import Cancelled, CheckpointError, VerificationError
 from mlxq.evaluate.report import render
+from mlxq.evaluate.texts import sections
+from mlxq.evaluate.verdict import config_difference
 from mlxq.evaluate.verify import VerificationResult, verify
 from mlxq.types import CancelToken, Progress
 
@@ -116,16 +120,22 @@ def test_codes_taken_over_wrongly_fail_at_once(source: Path, tmp_path: Path) -> 
 
 
 def test_perplexity_is_that_of_the_logits(source: Path) -> None:
-    """Against the source's own model run whole on the same tokens."""
-    from mlxq import load
+    """Against the source's own model run whole, in float32, on the same tokens."""
     from mlxq.evaluate.texts import token_sequences
+    from mlxq.runtime.layers import install_layers
+    from mlxq.runtime.tokenizer import load_tokenizer
+    from mlxq.runtime.weights import load_parameters
 
-    model = load(source)
     nll = []
-    for ids in token_sequences(model.tokenizer):
-        logits = np.array(model.module(mx.array([ids])).astype(mx.float32))[0, :-1].astype(np.float64)
-        total = np.log(np.exp(logits).sum(axis=1))
-        nll += list(total - logits[np.arange(len(ids) - 1), ids[1:]])
+    with open_checkpoint(source) as checkpoint:
+        parameters = ParameterMap(checkpoint)
+        model = parameters.new_model()
+        install_layers(model, parameters.tensors)
+        load_parameters(model, "", parameters, compute_dtype=mx.float32)
+        for ids in token_sequences(load_tokenizer(checkpoint)):
+            logits = np.array(model(mx.array([ids])).astype(mx.float32))[0, :-1].astype(np.float64)
+            total = np.log(np.exp(logits).sum(axis=1))
+            nll += list(total - logits[np.arange(len(ids) - 1), ids[1:]])
     outcome = run(source, source)
     assert outcome.n_tokens == len(nll)
     # float32 logits of size 10 carry some 1e-6 of noise each, which the mean does not add up.
@@ -166,13 +176,88 @@ def test_a_result_that_is_not_finite_fails(source: Path, tmp_path: Path) -> None
     json.dumps(outcome.to_dict(), allow_nan=False)
 
 
-def test_a_configuration_that_differs_fails_though_no_tensor_does(source: Path, tmp_path: Path) -> None:
-    out = converted(source, tmp_path / "out")
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("key", "value"), [("rope_theta", 20.0), ("rms_norm_eps", 0.1), ("eos_token_id", 255)])
+def test_a_configuration_that_differs_fails_whatever_it_does(
+    source: Path, tmp_path: Path, bits: int, key: str, value: float
+) -> None:
+    out = converted(source, tmp_path / "out", bits)
     config = json.loads((out / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps(config | {"rope_theta": 20.0}))
+    (out / "config.json").write_text(json.dumps(config | {key: value}))
+    outcome = run(source, out)
+    assert not outcome.passed
+    assert f"{key} is {value} in its config.json, but {tiny.LLAMA[key]} in the source's" in outcome.failure
+    (out / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != key} | {"x": math.nan}))
+    assert config_difference({"x": math.nan}, {"x": math.nan, "torch_dtype": "float16"}) == ""
+    assert "absent" in config_difference(config, {k: v for k, v in config.items() if k != key})
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.scales", "model.embed_tokens.biases", "model.norm.weight"])
+def test_what_is_not_finite_fails_where_the_text_does_not_go(
+    source: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Row 300 is of no byte, so the logits do not show it. (The norm they do.)"""
+    out = converted(source, tmp_path / "out")
+    monkeypatch.setattr("mlxq.evaluate.verify.suspicious_kl", lambda *_: math.inf)
+    values = np.array(stored(out, name).astype(mx.float32))
+    values[300 if values.ndim > 1 else 3] = -np.inf
+    change(out, **{name.replace(".", "__"): mx.array(values)})
+    outcome = run(source, out)
+    expect_broken(outcome, f"{name.rpartition('.')[0]}.weight")
+    assert "not finite" in outcome.failure
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("BF16", 1e-9), ("F16", 1e-6), ("BF16", 1e-6)])
+def test_a_dead_tensor_does_no_harm(tmp_path: Path, dtype: str, size: float) -> None:
+    """Its weights are below the smallest step, so that nothing or little of them is left."""
+    tensors = peaked()
+    tensors[f"{DOWN}.weight"] *= size
+    source = tiny.make_model(tmp_path / "m", tensors=tensors, dtype=dtype)
+    outcome = run(source, converted(source, tmp_path / "out", 4))
+    assert outcome.passed, outcome.failure
+
+
+def test_sharp_random_predictions_have_no_bound(tmp_path: Path) -> None:
+    """The predictions of random weights fall apart by rounding to 8 bits when norms make them sharp."""
+    tensors = {n: w * 30 if w.ndim == 1 else w for n, w in peaked().items()}
+    source = tiny.make_model(tmp_path / "m", tensors=tensors)
+    outcome = run(source, converted(source, tmp_path / "out", 8))
+    assert outcome.kl > 2
+    assert outcome.passed, outcome.failure
+    assert math.isinf(outcome.kl_bound)
+    assert "no better than chance" in "".join(outcome.notes)
+
+
+def predicting() -> dict[str, np.ndarray]:
+    """Weights that know how often each byte is in the text: every state has a 1 that the head turns into log odds."""
+    tensors = peaked()
+    counts = np.bincount(list("".join(sections().values()).encode()), minlength=256) + 0.1
+    letters = pre_tokenizers.ByteLevel.alphabet()
+    # Ids of the tokenizer follow the letters that stand for bytes; all ASCII ones stand for themselves.
+    odds = {c: counts[ord(c)] if ord(c) < 128 else 1.0 for c in letters} | {"Ġ": counts[32]}
+    head = np.full(320, np.log(0.1), np.float32)
+    head[: len(letters)] = np.log([odds[c] for c in sorted(letters)])
+    tensors["model.embed_tokens.weight"][:, 0] = 8
+    tensors["lm_head.weight"] *= 0.05
+    # The state is about 8 in one of 128 places; divided by its root mean square that is sqrt(128).
+    tensors["lm_head.weight"][:, 0] = head / 128**0.5
+    tensors["model.norm.weight"][0] = 1
+    return tensors
+
+
+def test_too_much_divergence_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.make_model(tmp_path / "m", tensors=predicting())
+    out = converted(source, tmp_path / "out")
+    outcome = run(source, out)
+    assert outcome.passed, outcome.failure
+    assert outcome.kl_bound == 1
+    for name in ("_BOUND_RATIO", "_LEAST_BOUND", "_SUSPICIOUS_RATIO", "_FLOOR"):
+        monkeypatch.setattr(f"mlxq.evaluate.bounds.{name}", 0.0)
     outcome = run(source, out)
     assert not outcome.passed
     assert "no tensor is out of line" in outcome.failure
+    assert "use more bits, or --no-verify" in outcome.failure
+    assert outcome.worst_tensors
 
 
 def test_a_conversion_that_breaks_a_tensor_names_it_and_leaves_nothing(
@@ -204,6 +289,23 @@ def test_a_broken_source_is_an_error_that_names_it(tmp_path: Path) -> None:
     assert str(source) in str(e.value)
 
 
+def test_masked_tokens_are_no_fault_of_the_source(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxq.runtime.blocks import StreamedModel
+
+    logits = StreamedModel.logits
+
+    def masked(self: StreamedModel, rows: np.ndarray) -> np.ndarray:
+        values = logits(self, rows)
+        values[:, 300:] = -np.inf
+        return values
+
+    monkeypatch.setattr(StreamedModel, "logits", masked)
+    outcome = run(source, source)
+    assert outcome.passed, outcome.failure
+    assert outcome.kl == 0
+    assert math.isfinite(outcome.perplexity_source)
+
+
 def test_without_tokenizer_it_says_how_to_go_on(tmp_path: Path) -> None:
     source = tiny.make_model(tmp_path / "m", tokenizer=False)
     with pytest.raises(CheckpointError, match="--no-verify") as e:
@@ -215,6 +317,11 @@ def test_the_tokenizer_of_another_model_is_found_out(tmp_path: Path) -> None:
     source = tiny.make_model(tmp_path / "m", vocab_size=100)
     with pytest.raises(CheckpointError, match="another model"):
         run(source, source)
+
+
+def test_no_text_is_longer_than_the_context(tmp_path: Path) -> None:
+    source = tiny.make_model(tmp_path / "m", max_position_embeddings=20)
+    assert run(source, source).n_tokens == 16 * 19
 
 
 def test_a_map_is_taken_as_well(source: Path) -> None:
@@ -260,4 +367,4 @@ def test_the_result_does_not_tell_time_and_renders(source: Path, tmp_path: Path)
     assert "passed" in text
     assert f"{outcome.kl:.4g} ± {outcome.kl_se:.2g} nats per token" in text
     assert f"{outcome.perplexity_source:.3g} -> {outcome.perplexity_result:.3g}" in text
-    assert "chance" not in text, "the source of random weights is no better"
+    assert "worse than chance" not in text, "the source of random weights is no better"
