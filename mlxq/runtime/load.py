@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlxq.api import public
@@ -17,7 +18,7 @@ from mlxq.errors import GenerationError
 from mlxq.runtime import generate as _generate
 from mlxq.runtime.layers import install_layers
 from mlxq.runtime.tokenizer import Messages, encode_prompt, load_tokenizer
-from mlxq.runtime.weights import default_compute_dtype, load_parameters, matrix_size, on_accelerator
+from mlxq.runtime.weights import default_compute_dtype, is_float32, load_parameters, matrix_size
 from mlxq.types import CancelToken, ProgressCallback
 
 
@@ -107,7 +108,7 @@ def load(
     """Load a model to run it.
 
     Parameters are evaluated before this returns, so a model loaded in one thread works in all. On the CPU activations
-    are float32; on a GPU they have the model's own dtype (float16 for a GGUF).
+    are float32; on a GPU they have the model's own dtype (see `weights.default_compute_dtype`).
 
     Args:
         source: a directory (float, or quantized by MLX), a `.gguf` file, or a Hub id `org/name`.
@@ -124,21 +125,22 @@ def load(
         parameter_map = ParameterMap(checkpoint)
         module = parameter_map.model
         install_layers(module, parameter_map.tensors)
+        dtype = default_compute_dtype(parameter_map)
         nbytes = load_parameters(
             module,
             "",
             parameter_map,
-            compute_dtype=default_compute_dtype(parameter_map),
-            widen=_should_widen(parameter_map),
+            compute_dtype=dtype,
+            widen=_should_widen(parameter_map, dtype),
             progress=progress,
             cancel=cancel,
         )
         return Model(module, tokenizer, checkpoint.config, checkpoint.generation_config, nbytes, Path(checkpoint.path))
 
 
-def _should_widen(parameter_map: ParameterMap) -> bool:
-    """Whether float matrices become float32: on the CPU, when they take less than a quarter of the memory so."""
-    if on_accelerator():
+def _should_widen(parameter_map: ParameterMap, dtype: mx.Dtype | None) -> bool:
+    """Whether float matrices become float32, too: if activations are, and it takes less than a quarter of memory."""
+    if not is_float32(dtype):
         return False
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 4 * matrix_size(parameter_map) <= memory // 4

@@ -1,8 +1,8 @@
 """Real arrays for a module's parameters: a whole model, or one block of it at a time.
 
-On a GPU parameters keep their stored dtype. On the CPU everything is float32 except big float matrices: mlx's CPU
-kernels are 9 times slower in bfloat16 and 40 times in float16 than in float32, whereas `ops.matmul` widens a stored
-half-precision matrix while it is in the cache.
+On a GPU parameters keep their stored dtype (a GGUF's get one, see `default_compute_dtype`). On the CPU everything is
+float32 except big float matrices: mlx's CPU kernels are 9 times slower in bfloat16 and 40 times in float16 than in
+float32, whereas `ops.matmul` widens a stored half-precision matrix while it is in the cache.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mlxq.runtime.layers import Embedding
 from mlxq.types import CancelToken, Progress, ProgressCallback, TensorInfo
 
 _MATRIX_KINDS = ("linear", "embedding", "switch")
+_DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
 def on_accelerator() -> bool:
@@ -26,13 +27,28 @@ def on_accelerator() -> bool:
 
 
 def default_compute_dtype(parameter_map: ParameterMap) -> mx.Dtype | None:
-    """Activation dtype: float32 on the CPU; on a GPU None (as stored), but float16 for a GGUF.
+    """Activation dtype: float32 on the CPU; on a GPU None (each tensor as stored), but for a GGUF one dtype for all.
 
-    A GGUF mixes float32 norms with float16 scales, which would promote every activation to float32.
+    A GGUF has float32 norms beside matrices of other types, which would promote every activation to float32 unless
+    they are cast. All is cast to the dtype that the model was made for, `torch_dtype` of its config: float16 would
+    overflow in models made for bfloat16 (Gemma's activations exceed 65504). The scales of a GGUF are float16, though,
+    with 3 bits more than bfloat16 keeps: rounded they would be other weights, and left as they are mlx would promote
+    each product. So a quantized GGUF of a bfloat16 model is computed in float32, scales and norms included: its
+    decoded weights stay exact, and nothing overflows.
     """
     if not on_accelerator():
         return mx.float32
-    return mx.float16 if parameter_map.checkpoint.kind == "gguf" else None
+    checkpoint = parameter_map.checkpoint
+    if checkpoint.kind != "gguf":
+        return None
+    dtype = _DTYPES.get(checkpoint.config.get("torch_dtype"), mx.float32)
+    quantized = any(info.spec is not None for info in parameter_map.tensors.values())
+    return mx.float32 if dtype == mx.bfloat16 and quantized else dtype
+
+
+def is_float32(dtype: mx.Dtype | None) -> bool:
+    """Whether a compute dtype is float32; mlx's dtypes refuse to be compared with None."""
+    return dtype is not None and dtype == mx.float32
 
 
 def load_parameters(
@@ -70,7 +86,7 @@ def load_parameters(
     for done, info in enumerate(infos, 1):
         if cancel is not None:
             cancel.check()
-        keep = info.name in parameter_map.cast_protected and compute_dtype != mx.float32
+        keep = info.name in parameter_map.cast_protected and not is_float32(compute_dtype)
         dtype = None if keep else compute_dtype
         arrays = _arrays(info, parameter_map, dtype, widen)
         wanted -= arrays.keys()
@@ -103,7 +119,7 @@ def _arrays(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, wide
         scales, biases = (to_mlx(a, dtype) for a in (q.scales, q.biases))
         return {info.name: mx.array(q.w_q), f"{path}.scales": scales, f"{path}.biases": biases}
     if info.module in _MATRIX_KINDS and not widen and info.dtype in ("F16", "BF16"):
-        dtype = None if dtype == mx.float32 else dtype
+        dtype = None if is_float32(dtype) else dtype
     return {info.name: to_mlx(source.read(info.name), dtype)}
 
 

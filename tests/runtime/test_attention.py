@@ -75,6 +75,7 @@ def test_softmax_survives_large_scores():
 def test_models_use_it_even_if_imported_before(monkeypatch):
     llama = import_private("models.llama")
     attention.install()
+    monkeypatch.setattr(attention, "on_cpu", lambda: True)
     calls = []
     monkeypatch.setattr(attention, "attention", lambda *a, **k: calls.append("attention") or a[0])
     monkeypatch.setattr(attention, "swiglu", lambda gate, x: calls.append("swiglu") or x)

@@ -22,13 +22,12 @@ from mlxq.runtime import attention, layers, weights
 from mlxq.types import CancelToken, QuantSpec, TensorInfo
 
 
-def load_module(path: Path, **options: bool) -> nn.Module:
+def load_module(path: Path, compute_dtype: mx.Dtype | None = mx.float32, **options: bool) -> nn.Module:
     with open_checkpoint(path) as checkpoint:
         parameter_map = ParameterMap(checkpoint)
         model = parameter_map.model
         layers.install_layers(model, parameter_map.tensors)
-        dtype = weights.default_compute_dtype(parameter_map)
-        weights.load_parameters(model, "", parameter_map, compute_dtype=dtype, **options)
+        weights.load_parameters(model, "", parameter_map, compute_dtype=compute_dtype, **options)
     return model
 
 
