@@ -11,6 +11,7 @@ from mlxq.checkpoint import gguf_config
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import normalize
 from mlxq.checkpoint.gguf_file import GgufFile, GgufTensor
+from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_names import MappedTensor, architecture, map_name
 from mlxq.checkpoint.gguf_tokenizer import build_tokenizer_files
 from mlxq.errors import CheckpointError, FormatError
@@ -50,6 +51,8 @@ class GgufCheckpoint(Checkpoint):
     def _open(self, metadata_only: bool) -> None:
         values = self._file.metadata
         parts = values.get("split.count", 1)
+        if not isinstance(parts, int):
+            raise CheckpointError(f"{self.path}: split.count is no integer: the file is corrupt")
         if parts not in (0, 1):
             raise CheckpointError(
                 f"{self.path}: one of {parts} parts of a split GGUF: join them with `llama-gguf-split --merge`"
@@ -57,7 +60,7 @@ class GgufCheckpoint(Checkpoint):
         self._arch = architecture(values.get("general.architecture"), self.path)
         if not metadata_only:
             self._check_types()
-        self.metadata = gguf_config.Metadata(self.path, values)
+        self.metadata = Metadata(self.path, values)
         self._sources: dict[str, tuple[GgufTensor, MappedTensor]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         for tensor in self._file.tensors.values():

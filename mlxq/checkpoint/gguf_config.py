@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_names import GgufArchitecture
 from mlxq.errors import CheckpointError
 
@@ -43,50 +44,6 @@ _TRAINED_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
 ReadRope = Callable[[str], "np.ndarray | None"]
 
 
-class Metadata:
-    """Typed access to the metadata, every failure a CheckpointError naming the key."""
-
-    def __init__(self, path: Path, values: dict[str, Any]):
-        self.path = path
-        self.values = values
-        self.arch = values["general.architecture"]
-
-    def number(self, key: str, default: float | None = None) -> float | None:
-        """`<arch>.<key>` as a finite float, in the shortest decimal form of its float32."""
-        value = self.values.get(f"{self.arch}.{key}")
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not np.isfinite(value):
-            raise CheckpointError(f"{self.path}: {self.arch}.{key} is {value!r}, expected a number")
-        return float(str(np.float32(value)))
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """`<arch>.<key>` as a positive int; an array of equal values counts as one.
-
-        Raises:
-            CheckpointError: absent without a default, not a positive integer, or different from layer to layer.
-        """
-        name = f"{self.arch}.{key}"
-        value = self.values.get(name)
-        if value is None:
-            if default is None:
-                raise CheckpointError(f"{self.path}: the metadata lacks {name}")
-            return default
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            value = value[0].item()
-        if isinstance(value, np.ndarray):
-            raise CheckpointError(f"{self.path}: {name} differs from layer to layer, which is not supported")
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise CheckpointError(f"{self.path}: {name} is {value!r}, expected a positive integer")
-        return value
-
-    def token_id(self, name: str, vocab_size: int) -> int | None:
-        """`tokenizer.ggml.<name>_token_id`, or None when absent or outside the vocabulary (as llama.cpp reads it)."""
-        value = self.values.get(f"tokenizer.ggml.{name}_token_id")
-        ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
-        return value if ok else None
-
-
 def build_config(
     metadata: Metadata, arch: GgufArchitecture, shapes: dict[str, tuple[int, ...]], tied: bool, read_rope: ReadRope
 ) -> dict[str, Any]:
@@ -102,7 +59,7 @@ def build_config(
     Raises:
         CheckpointError: a key is missing or has an impossible value, or the rotary scaling cannot be expressed.
     """
-    if metadata.values.get(f"{metadata.arch}.expert_count"):
+    if metadata.has("expert_count"):
         raise CheckpointError(f"{metadata.path}: mixtures of experts in GGUF are not supported yet")
     embedding = shapes.get("model.embed_tokens.weight")
     if embedding is None or len(embedding) != 2:
@@ -128,8 +85,8 @@ def build_config(
         "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": metadata.integer("context_length"),
-        "rms_norm_eps": metadata.number("attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_theta": metadata.number("rope.freq_base", 10000.0),
+        "rms_norm_eps": metadata.positive("attention.layer_norm_rms_epsilon", 1e-6),
+        "rope_theta": metadata.positive("rope.freq_base", 10000.0),
         "tie_word_embeddings": tied,
         "hidden_act": "gelu_pytorch_tanh" if arch.model_type.startswith("gemma") else "silu",
     }
@@ -188,8 +145,8 @@ def _gemma2_rules(metadata: Metadata, config: dict[str, Any], shapes: dict[str, 
 def _gemma3_rules(metadata: Metadata, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
     config["sliding_window"] = metadata.integer("attention.sliding_window")
     config["sliding_window_pattern"] = 6
-    config["rope_theta"] = metadata.number("rope.freq_base", 1000000.0)
-    config["rope_local_base_freq"] = metadata.number("rope.freq_base_swa", 10000.0)
+    config["rope_theta"] = metadata.positive("rope.freq_base", 1000000.0)
+    config["rope_local_base_freq"] = metadata.positive("rope.freq_base_swa", 10000.0)
     config["query_pre_attn_scalar"] = _query_scalar(config, largest=62)
 
 
@@ -205,7 +162,7 @@ def _phi3_rules(metadata: Metadata, config: dict[str, Any], shapes: dict[str, tu
     config["original_max_position_embeddings"] = metadata.integer(
         "rope.scaling.original_context_length", config["max_position_embeddings"]
     )
-    if metadata.values.get("phi3.attention.sliding_window"):
+    if metadata.has("attention.sliding_window"):
         config["sliding_window"] = metadata.integer("attention.sliding_window")
 
 
@@ -234,7 +191,7 @@ def _rope_scaling(metadata: Metadata, config: dict[str, Any], read_rope: ReadRop
     if factors is not None and not np.allclose(factors, 1.0):
         return _llama3_scaling(metadata.path, factors, config)
     # Files that name a factor and no type mean linear, as llama.cpp reads them.
-    kind = metadata.values.get(f"{metadata.arch}.rope.scaling.type", "linear")
+    kind = metadata.text(f"{metadata.arch}.rope.scaling.type", "linear")
     factor = metadata.number("rope.scaling.factor", metadata.number("rope.scale_linear", 1.0))
     if kind == "linear":
         return _kind("linear", factor=factor) if factor != 1.0 else None

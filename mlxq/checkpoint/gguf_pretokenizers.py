@@ -136,7 +136,7 @@ def _table() -> dict[str, PreTokenizer]:
 PRE_TOKENIZERS = _table()
 
 
-def pre_tokenizer(name: object, where: object) -> PreTokenizer:
+def pre_tokenizer(name: str | None, where: object) -> PreTokenizer:
     """The entry of a `tokenizer.ggml.pre`; a file that names none means `default`, as llama.cpp reads it.
 
     Raises:

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mlxq.checkpoint.config import to_json
-from mlxq.checkpoint.gguf_config import CONTROL, END_TEXTS, Metadata, build_generation_config
+from mlxq.checkpoint.gguf_config import CONTROL, END_TEXTS, build_generation_config
+from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_pretokenizers import pre_tokenizer
 from mlxq.errors import CheckpointError
 
@@ -46,7 +47,7 @@ def build_tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, byte
             inconsistent.
     """
     values = metadata.values
-    kind = values.get("tokenizer.ggml.model")
+    kind = metadata.text("tokenizer.ggml.model")
     if kind is None or kind in ("none", "no_vocab"):
         return {}
     if kind not in _BUILDERS:
@@ -72,10 +73,12 @@ class _Vocabulary:
 
     Attributes:
         tokens: text by id. ids: id by text. types: ggml token type by id. bos, eos, unk, pad: id or None.
+        pre: name of the pre-tokenizer, or None.
     """
 
     def __init__(self, metadata: Metadata, vocab_size: int):
         self.path, self.values = metadata.path, metadata.values
+        self.pre = metadata.text("tokenizer.ggml.pre")
         tokens = self._array("tokens", list)
         if len(tokens) > vocab_size:
             raise CheckpointError(f"{self.path}: {len(tokens)} tokens, but the embedding has {vocab_size} rows")
@@ -165,7 +168,7 @@ class _Vocabulary:
 
 
 def _byte_level(vocabulary: _Vocabulary) -> dict[str, Any]:
-    pre = pre_tokenizer(vocabulary.values.get("tokenizer.ggml.pre"), vocabulary.path)
+    pre = pre_tokenizer(vocabulary.pre, vocabulary.path)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     splits = [{"type": "Split", "pattern": {"Regex": p}, "behavior": "Isolated", "invert": False} for p in pre.patterns]
     return _tokenizer(

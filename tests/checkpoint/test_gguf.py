@@ -14,6 +14,7 @@ from gguf_models import (
     KV_HEADS,
     LAYERS,
     VOCAB,
+    add_byte_tokenizer,
     add_tensor,
     finish,
     gguf_name,
@@ -25,6 +26,7 @@ from gguf_models import (
 
 from mlxq.architectures.registry import build_model
 from mlxq.checkpoint.gguf import GgufCheckpoint, unpermuted_rows
+from mlxq.checkpoint.gguf_file import GgufFile
 from mlxq.errors import CheckpointError
 from mlxq.formats.affine import unpack
 from mlxq.types import QuantSpec
@@ -359,6 +361,49 @@ def test_metadata_that_is_refused(tmp_path, numbers, message):
     path = write_llama(tmp_path / "m.gguf", llama_weights(), **numbers)
     with pytest.raises(CheckpointError, match=message):
         GgufCheckpoint(path)
+
+
+#: What a key may hold that was written by no converter.
+HOSTILE = (
+    *(np.array([1, 2], np.int32), np.array([], np.float32), ["a", "b"]),
+    *("text", "", True, -1, 0, 2**63, 1e300, np.nan),
+)
+#: Keys that are read but that the small file lacks.
+MORE_KEYS = (
+    "split.count",
+    "llama.expert_count",
+    "llama.rope.scaling.type",
+    "llama.rope.scaling.factor",
+    "llama.rope.scaling.original_context_length",
+    "llama.attention.key_length",
+    "tokenizer.ggml.add_bos_token",
+    "tokenizer.ggml.eos_token_id",
+    "tokenizer.chat_template",
+    "general.alignment",
+)
+
+
+@pytest.mark.filterwarnings("error")
+def test_no_value_of_any_key_gets_past_the_checks(tmp_path, monkeypatch):
+    """Each key with each value opens, or is refused in one line."""
+    path = write_llama(tmp_path / "m.gguf", llama_weights(vocab=300), configure=add_byte_tokenizer)
+    parse, put = GgufFile._parse, {}
+    monkeypatch.setattr(GgufFile, "_parse", lambda self: (parse(self), self.metadata.update(put)))
+    with GgufCheckpoint(path) as checkpoint:
+        keys = [*checkpoint.metadata.values, *MORE_KEYS]
+    refused = {}
+    for key in keys:
+        for value in HOSTILE:
+            put.clear()
+            put[key] = value
+            try:
+                with GgufCheckpoint(path) as checkpoint:
+                    checkpoint.companion_files()
+                    assert 0 < checkpoint.config["rope_theta"] < np.inf
+            except CheckpointError as e:
+                refused[key] = str(e)
+    assert not any("\n" in message for message in refused.values())
+    assert {"split.count", "llama.rope.scaling.type", "tokenizer.ggml.model", "llama.rope.freq_base"} <= refused.keys()
 
 
 def test_missing_key_is_named(tmp_path):
