@@ -48,8 +48,10 @@ def generate(
     from mlxq.cli.render import ProgressBars
     from mlxq.runtime.generate import stream
     from mlxq.runtime.load import load
+    from mlxq.runtime.tokenizer import check_prompt
 
     text = _read_prompt(prompt)
+    check_prompt(text, system)
     with ProgressBars() as bars, load(model, revision=revision, progress=bars) as loaded:
         result, begun = None, False
         try:
@@ -92,4 +94,11 @@ def _read_prompt(prompt: str | None) -> str:
         return prompt
     if prompt is None and sys.stdin.isatty():
         raise GenerationError("no prompt: pass --prompt TEXT, or text on standard input")
-    return sys.stdin.read().rstrip("\n")
+    try:
+        # As bytes: what the terminal's locale is must not decide how a file is read.
+        text = sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise GenerationError(
+            f"standard input is not UTF-8 text: byte {e.object[e.start]:#04x} at offset {e.start}; convert it to UTF-8"
+        ) from None
+    return text.replace("\r\n", "\n").rstrip("\n")

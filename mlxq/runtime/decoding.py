@@ -14,13 +14,15 @@ import mlx.nn as nn
 from mlxq.architectures.registry import import_private
 from mlxq.errors import GenerationError
 from mlxq.runtime.sampling import make_sampler
-from mlxq.runtime.weights import on_accelerator
+from mlxq.runtime.weights import on_accelerator, release_cache
 from mlxq.types import CancelToken, Progress
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
 #: Prompt tokens processed at a time. Larger ones are a little faster, but slower to cancel and larger in memory.
 _CHUNK = {"cpu": 512, "gpu": 2048}
+#: Tokens between two times that the memory which grows with the text (copies of a growing cache) is given back.
+_RELEASE_EVERY = 256
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Finished:
-    """Last item of the loop: why it ended, and how long the prompt and the tokens took, in seconds."""
+    """Last item of the loop: why it ended, tokens of the prompt that were read, and seconds for them and the others."""
 
     reason: FinishReason
+    prompt_tokens: int
     prompt_seconds: float
     generation_seconds: float
 
@@ -72,7 +75,7 @@ def decode(
     for progress in _read_prompt(module, request.prompt, cache):
         yield progress
         if cancelled():
-            yield Finished("cancelled", time.perf_counter() - start, 0.0)
+            yield Finished("cancelled", progress.done, time.perf_counter() - start, 0.0)
             return
 
     def step(token: mx.array) -> tuple[mx.array, mx.array]:
@@ -103,7 +106,9 @@ def decode(
             break
         if count < request.max_tokens:
             pending = following or step(pending[0])
-    yield Finished(reason, first - start, time.perf_counter() - first)
+        if count % _RELEASE_EVERY == 0:
+            release_cache()
+    yield Finished(reason, len(request.prompt), first - start, time.perf_counter() - first)
 
 
 def _read_prompt(module: nn.Module, prompt: list[int], cache: list[Any]) -> Iterator[Progress]:
@@ -118,14 +123,26 @@ def _read_prompt(module: nn.Module, prompt: list[int], cache: list[Any]) -> Iter
         # On a GPU nothing but the cache is computed. On the CPU the products were made already.
         mx.eval([c.state for c in cache])
         del hidden
+        release_cache()
         yield Progress("prompt", start + len(tokens), total, "tokens")
 
 
 def _trunk(module: nn.Module) -> Callable[..., mx.array]:
-    """The model without its output projection when it has one we know how to call, else the whole model."""
+    """The model without its output projection when it has one we know how to call, else the whole model.
+
+    Models that also see or hear wrap their `language_model`, and pass tokens and cache on to it unchanged.
+    """
+    wrapped = getattr(module, "language_model", None)
+    if _takes_cache_alone(wrapped):
+        return _trunk(wrapped)
     trunk = getattr(module, "model", None)
-    if not isinstance(trunk, nn.Module) or not callable(trunk):
-        return module
-    inputs, *others = list(inspect.signature(trunk).parameters.values()) or [None]
+    return trunk if _takes_cache_alone(trunk) else module
+
+
+def _takes_cache_alone(part: Any) -> bool:
+    """Whether this is a module to be called with tokens and `cache`, all else being optional."""
+    if not isinstance(part, nn.Module) or not callable(part):
+        return False
+    inputs, *others = list(inspect.signature(part).parameters.values()) or [None]
     known = inputs is not None and any(p.name == "cache" for p in others)
-    return trunk if known and all(p.name == "cache" or p.default is not p.empty for p in others) else module
+    return known and all(p.name == "cache" or p.default is not p.empty for p in others)

@@ -12,8 +12,8 @@ from mlxq.api import public
 from mlxq.errors import GenerationError
 from mlxq.runtime.decoding import Finished, FinishReason, Request, decode
 from mlxq.runtime.memory import peak_memory
-from mlxq.runtime.sampling import check_options
-from mlxq.runtime.tokenizer import Detokenizer, Messages
+from mlxq.runtime.sampling import check_options, check_stop_tokens
+from mlxq.runtime.tokenizer import Detokenizer, Messages, check_prompt
 from mlxq.runtime.worker import iterate
 from mlxq.types import CancelToken, Progress, ProgressCallback
 
@@ -134,22 +134,20 @@ def stream(
     """
     from mlxq.runtime.load import Model, load
 
-    check_options(max_tokens, temperature, top_p, top_k, min_p)
+    options = check_options(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed
+    )
+    stops = None if stop_tokens is None else check_stop_tokens(stop_tokens)
+    check_prompt(prompt, system)
     owned = not isinstance(model, Model)
     if owned:
         model = load(model, progress=progress, cancel=cancel)
     try:
         ids = model.encode(prompt, system=system, chat_template=chat_template)
-        request = Request(
-            prompt=ids,
-            max_tokens=_room(model.context_length, len(ids), max_tokens),
-            stop_tokens=model.stop_tokens if stop_tokens is None else frozenset(stop_tokens),
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=int.from_bytes(os.urandom(8), "little") if seed is None else seed,
-        )
+        options["max_tokens"] = _room(model.context_length, len(ids), options["max_tokens"])
+        if options["seed"] is None:
+            options["seed"] = int.from_bytes(os.urandom(8), "little")
+        request = Request(prompt=ids, stop_tokens=model.stop_tokens if stops is None else stops, **options)
     except BaseException:
         if owned:
             model.close()
@@ -177,6 +175,7 @@ def _chunks(
     ids: list[int] = []
     text: list[str] = []
     waiting: list[int] = []
+    dropped = 0
     items = iterate(decode(module, request, cancel))
     try:
         for item in items:
@@ -185,7 +184,10 @@ def _chunks(
             elif isinstance(item, Finished):
                 piece = detokenizer.finish()
                 text.append(piece)
-                yield TextChunk(piece, tuple(waiting), _result(request, item, ids, "".join(text)))
+                yield TextChunk(piece, tuple(waiting), _result(request, item, ids, "".join(text), dropped))
+            elif cancel is not None and cancel.cancelled:
+                # Computed ahead of a slow reader, who wants no more.
+                dropped += 1
             else:
                 ids.append(item)
                 waiting.append(item)
@@ -206,17 +208,17 @@ def _report(progress: ProgressCallback | None, event: Progress) -> None:
         progress(event)
 
 
-def _result(request: Request, finished: Finished, ids: list[int], text: str) -> GenerationResult:
+def _result(request: Request, finished: Finished, ids: list[int], text: str, dropped: int) -> GenerationResult:
     # A stop token was computed too, though it is not part of the text.
-    computed = len(ids) + (finished.reason == "stop")
+    computed = len(ids) + dropped + (finished.reason == "stop")
     seconds = finished.generation_seconds
     return GenerationResult(
         text=text,
         token_ids=tuple(ids),
-        finish_reason=finished.reason,
+        finish_reason="cancelled" if dropped else finished.reason,
         prompt_tokens=len(request.prompt),
         generation_tokens=len(ids),
-        prompt_tokens_per_second=len(request.prompt) / finished.prompt_seconds if finished.prompt_seconds else 0.0,
+        prompt_tokens_per_second=finished.prompt_tokens / finished.prompt_seconds if finished.prompt_seconds else 0.0,
         generation_tokens_per_second=(computed - 1) / seconds if computed > 1 and seconds > 0 else 0.0,
         peak_memory=peak_memory(),
     )

@@ -13,12 +13,14 @@ import mlx.nn as nn
 
 from mlxq.api import public
 from mlxq.architectures.parameters import ParameterMap
+from mlxq.checkpoint.config import context_length, eos_token_ids
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import GenerationError
+from mlxq.ops.dispatch import Call, choose
 from mlxq.runtime import generate as _generate
 from mlxq.runtime.layers import install_layers
 from mlxq.runtime.tokenizer import Messages, encode_prompt, load_tokenizer
-from mlxq.runtime.weights import default_compute_dtype, is_float32, load_parameters, matrix_size
+from mlxq.runtime.weights import default_compute_dtype, is_float32, load_parameters, matrix_size, release_cache
 from mlxq.types import CancelToken, ProgressCallback
 
 
@@ -50,15 +52,8 @@ class Model:
         self.generation_config = generation_config
         self.nbytes = nbytes
         self.path = path
-        text_config = config.get("text_config") or {}
-        self.stop_tokens = frozenset(
-            _ids(tokenizer.eos_token_id)
-            | _ids(config.get("eos_token_id"))
-            | _ids(text_config.get("eos_token_id"))
-            | _ids(generation_config.get("eos_token_id"))
-        )
-        length = config.get("max_position_embeddings") or text_config.get("max_position_embeddings")
-        self.context_length: int | None = length if isinstance(length, int) and length > 0 else None
+        self.stop_tokens = frozenset(eos_token_ids(tokenizer.eos_token_id, config, generation_config))
+        self.context_length: int | None = context_length(config)
         self._lock = threading.Lock()
 
     @property
@@ -86,6 +81,7 @@ class Model:
     def close(self) -> None:
         """Let go of the parameters. A text being generated is finished first by those who read it."""
         self._module = None
+        release_cache()
 
     def __enter__(self) -> Model:
         return self
@@ -118,11 +114,15 @@ def load(
 
     Raises:
         CheckpointError: the source is missing, damaged, of an unknown architecture, or has no tokenizer.
+        BackendError: `MLXQ_BACKEND` names no back end.
         Cancelled: through `cancel`.
     """
+    # Refuses an unknown MLXQ_BACKEND before anything is read.
+    choose(Call("matmul", "cpu"))
     with open_checkpoint(source, revision, progress) as checkpoint:
-        tokenizer = load_tokenizer(checkpoint)
+        # Before the tokenizer: transformers reads config.json too, and would take the blame for what is wrong in it.
         parameter_map = ParameterMap(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
         module = parameter_map.model
         install_layers(module, parameter_map.tensors)
         dtype = default_compute_dtype(parameter_map)
@@ -144,9 +144,3 @@ def _should_widen(parameter_map: ParameterMap, dtype: mx.Dtype | None) -> bool:
         return False
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return 4 * matrix_size(parameter_map) <= memory // 4
-
-
-def _ids(value: Any) -> set[int]:
-    """Token ids given as one, as a list, or not at all."""
-    values = value if isinstance(value, list | tuple) else [value]
-    return {v for v in values if isinstance(v, int) and not isinstance(v, bool)}

@@ -98,7 +98,14 @@ def load_parameters(
     if wanted:
         raise CheckpointError(f"{parameter_map.checkpoint.path}: nothing to fill {min(wanted)} of the model with")
     _finish(module, compute_dtype)
+    release_cache()
     return nbytes
+
+
+def release_cache() -> None:
+    """On a GPU give freed memory, which mlx keeps for later arrays of the same size, back to the system."""
+    if on_accelerator():
+        mx.clear_cache()
 
 
 def release_parameters(module: nn.Module) -> None:
