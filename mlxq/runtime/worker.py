@@ -1,8 +1,8 @@
 """The one thread that computes: mlx's streams belong to threads, so all generation runs on the same one, in turn.
 
-Callers see an ordinary iterator. The worker computes a few items ahead of each, oldest caller first, and goes on with
-the next caller's while one is not asked for more; so iterators may be open side by side and in any threads. Leaving
-one (an exception, Ctrl-C, `close`, garbage collection) ends its work before the next item.
+Callers see an ordinary iterator. The worker computes an item for one caller, then for the next, and a few ahead of
+each, so iterators may be open side by side and in any threads, and a short text does not wait for a long one. Leaving
+an iterator (an exception, Ctrl-C, `close`, garbage collection) ends its work before the next item.
 """
 
 from __future__ import annotations
@@ -57,7 +57,13 @@ def iterate(work: Generator[T, None, None]) -> Iterator[T]:
                 _changed.notify_all()
             yield item
         if job.error is not None:
-            raise job.error
+            # The traceback refers to this frame, and this frame must not to the error: such a ring would keep the
+            # model in memory until the garbage collector finds it.
+            error, job.error = job.error, None
+            try:
+                raise error
+            finally:
+                del error
     finally:
         with _changed:
             job.abandoned = True
@@ -87,7 +93,13 @@ def _loop() -> None:
 def _next_job() -> _Job | None:
     with _changed:
         _changed.wait_for(lambda: _exiting or any(job.runnable() for job in _jobs))
-        return None if _exiting else next(job for job in _jobs if job.runnable())
+        if _exiting:
+            return None
+        job = next(job for job in _jobs if job.runnable())
+        # The others first, next time.
+        _jobs.remove(job)
+        _jobs.append(job)
+        return job
 
 
 def _advance(job: _Job) -> None:
@@ -109,6 +121,8 @@ def _advance(job: _Job) -> None:
             job.ended, job.error = True, error
             _jobs.remove(job)
         _changed.notify_all()
+    # Its traceback refers to this frame.
+    del error
 
 
 def _finish() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -16,8 +18,8 @@ from random_models import ZOO, save_random
 from tiny import LLAMA, llama_shapes, make_model, random_tensors, write_tokenizer
 
 import mlxq
-from mlxq.errors import Cancelled, CheckpointError, GenerationError
-from mlxq.runtime import decoding
+from mlxq.errors import BackendError, Cancelled, CheckpointError, GenerationError
+from mlxq.runtime import decoding, worker
 from mlxq.runtime.tokenizer import Detokenizer
 from mlxq.types import CancelToken
 
@@ -143,8 +145,86 @@ def test_prompts_that_cannot_be_encoded(tiny, tmp_path):
     for prompt in ("", []):
         with pytest.raises(GenerationError, match="empty"):
             tiny.stream(prompt)
-    with pytest.raises(GenerationError, match="template refuses"):
-        tiny.encode([{"role": "user", "content": "a"}, 3])
+    # Checked here, since what a template makes of them depends on the version of transformers.
+    user = {"role": "user", "content": "a"}
+    for message, why in (
+        (3, "of type int"),
+        ("text", "of type str"),
+        ({"content": "a"}, "a message without a role"),
+        ({"role": 5, "content": "a"}, "a message without a role"),
+        ({"role": "user"}, "a content that is nothing"),
+        ({"role": "user", "content": 7}, "a content that is of type int"),
+    ):
+        with pytest.raises(GenerationError, match=f"message 2 of the prompt .*{why}"):
+            tiny.encode([user, message])
+    for prompt in (b"abc", 5, None, {"role": "user"}):
+        with pytest.raises(GenerationError, match="pass text, or a list of messages"):
+            tiny.stream(prompt)
+    with pytest.raises(GenerationError, match="the system message is of type int"):
+        tiny.stream("a", system=5)
+
+
+def test_text_that_is_not_unicode_is_refused(tiny):
+    for prompt, system, where in (
+        ("a\udcff", None, "the prompt is"),
+        ("a", "\ud800", "the system message is"),
+        ([{"role": "user", "content": "ab\udc80"}], None, "message 1 of the prompt is"),
+    ):
+        for call in (tiny.encode, tiny.stream):
+            with pytest.raises(GenerationError, match=f"{where} not valid Unicode: character . is a lone surrogate"):
+                call(prompt, system=system)
+
+
+def test_a_template_that_leaves_the_system_message_out(tmp_path):
+    path = make_model(tmp_path / "m")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    only_user = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    default = "{{ messages[0].content if messages[0].role == 'system' else 'be kind' }}: " + only_user
+    for template, refused in ((only_user, True), (default, False)):
+        (path / "tokenizer_config.json").write_text(json.dumps(settings | {"chat_template": template}))
+        with mlxq.load(path) as model:
+            if refused:
+                with pytest.raises(GenerationError, match="no system message"):
+                    model.encode("hi", system="be kind")
+            else:
+                # The template's own, spelt out: the same ids, and yet not ignored.
+                assert model.encode("hi", system="be kind") == model.encode("hi")
+
+
+def test_a_raw_prompt_does_not_end_in_an_appended_end_token(tmp_path):
+    from tokenizers import Tokenizer, processors
+
+    path = make_model(tmp_path / "m")
+    tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>", special_tokens=[("<bos>", 257), ("<eos>", 256)]
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    with mlxq.load(path) as model:
+        a = model.tokenizer.convert_tokens_to_ids("a")
+        for prompt, ids in (("a", [257, a]), ("a<eos>", [257, a, 256]), ("a<eos><eos>", [257, a, 256, 256])):
+            assert model.encode(prompt, chat_template=False) == ids
+
+
+def test_the_context_is_read_under_every_name(tmp_path):
+    config = {
+        "model_type": "gpt2",
+        "n_ctx": 64,
+        "n_embd": 64,
+        "n_head": 2,
+        "n_layer": 1,
+        "n_positions": 64,
+        "layer_norm_epsilon": 1e-5,
+        "vocab_size": 320,
+        "eos_token_id": [256, -1],
+    }
+    path = save_random(tmp_path / "m", config, None)
+    write_tokenizer(path)
+    with mlxq.load(path) as model:
+        assert model.context_length == 64
+        assert model.stop_tokens == {256}
+        with pytest.raises(GenerationError, match=r"70 tokens.*64"):
+            model.stream("x" * 70, **RAW)
 
 
 def test_a_prompt_longer_than_the_context_names_both_numbers(tiny):
@@ -165,11 +245,34 @@ def test_a_prompt_longer_than_the_context_names_both_numbers(tiny):
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"top_k": -1}, "top_k is -1"),
         ({"min_p": 2.0}, "min_p is 2"),
+        ({"seed": 1.5}, "seed is 1.5: it must be a whole number"),
+        ({"seed": "a"}, "seed is 'a'"),
+        ({"temperature": "0.7"}, "temperature is '0.7': it must be a number, 0 or more"),
+        ({"temperature": None}, "temperature is None"),
+        ({"temperature": 10**400}, "temperature is 1000"),
+        ({"max_tokens": True}, "max_tokens is True"),
+        ({"max_tokens": 3.0}, "max_tokens is 3.0"),
+        ({"stop_tokens": 5}, "stop_tokens is 5"),
+        ({"stop_tokens": "ab"}, "stop_tokens is 'ab'"),
+        ({"stop_tokens": ["a"]}, "a stop token is 'a'"),
     ],
 )
 def test_options_out_of_range(tiny, options, message):
     with pytest.raises(GenerationError, match=message):
         tiny.stream("a", **options)
+
+
+def test_numbers_of_numpy_are_numbers(tiny):
+    options = {"temperature": np.float32(1.0), "seed": np.uint64(7), "top_k": np.int64(5), "stop_tokens": np.array([3])}
+    ours = tiny.generate("a", max_tokens=np.int64(3), **RAW, **options)
+    plain = {"temperature": 1.0, "seed": 7, "top_k": 5, "stop_tokens": [3]}
+    assert ours.token_ids == tiny.generate("a", max_tokens=3, **RAW, **plain).token_ids
+
+
+def test_an_unknown_back_end_is_refused_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLXQ_BACKEND", "foo")
+    with pytest.raises(BackendError, match=r"MLXQ_BACKEND: unknown back end 'foo'"):
+        mlxq.load(tmp_path / "nothing")
 
 
 def test_unknown_keywords_name_the_valid_ones(tiny):
@@ -189,6 +292,48 @@ def test_logits_that_are_not_finite(tmp_path):
         # The worker thread survives.
         with pytest.raises(GenerationError, match="not finite"):
             model.generate("a", max_tokens=4)
+
+
+def test_a_failed_text_leaves_no_ring_that_keeps_the_model(tmp_path):
+    tensors = random_tensors(llama_shapes(LLAMA))
+    tensors["model.norm.weight"][3] = np.nan
+    model = mlxq.load(make_model(tmp_path / "nan", tensors=tensors))
+    module = weakref.ref(model.module)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(GenerationError):
+            model.generate("a", max_tokens=2)
+        model.close()
+        del model
+        deadline = time.monotonic() + 5
+        while module() is not None and time.monotonic() < deadline:
+            time.sleep(0.01)  # until the worker has let go of its job
+        assert module() is None
+    finally:
+        gc.enable()
+
+
+def test_a_short_text_does_not_wait_for_a_long_one():
+    order = []
+
+    def work(name, n):
+        for _ in range(n):
+            order.append(name)
+            time.sleep(0.002)
+            yield name
+
+    # Read as fast as it comes, so that the long one could always be served first.
+    long = threading.Thread(target=lambda: list(worker.iterate(work("long", 200))))
+    long.start()
+    while not order:
+        time.sleep(0.001)
+    short = list(worker.iterate(work("short", 5)))
+    assert short == ["short"] * 5
+    assert order.count("long") < 150
+    long.join()
+    between = order[order.index("short") :][:9]
+    assert between == ["short", "long"] * 4 + ["short"]
 
 
 def test_a_model_loaded_on_one_thread_generates_on_others(tiny_llama):
@@ -259,11 +404,44 @@ def test_cancelling(tiny, tiny_llama):
             cancel.cancel()
     result = seen[-1].result
     assert result.finish_reason == "cancelled"
-    assert 2 <= result.generation_tokens < 60
+    # What was computed ahead is dropped.
+    assert result.token_ids == tuple(t for p in seen[:2] for t in p.token_ids)
     before_work = tiny.generate("stop me", cancel=cancel, **RAW)
     assert (before_work.finish_reason, before_work.text) == ("cancelled", "")
     with pytest.raises(Cancelled):
         mlxq.load(tiny_llama, cancel=cancel)
+
+
+def test_cancelling_with_a_slow_reader_gives_no_token_more(tiny):
+    cancel, result = CancelToken(), None
+    options = {"max_tokens": 12, "stop_tokens": (), "cancel": cancel, "progress": progress_that_waits(0.3)}
+    for piece in tiny.stream("stop me", **options, **RAW):
+        # By now all 12 tokens wait in the queue, with the end of the text.
+        cancel.cancel()
+        result = piece.result or result
+    assert (result.finish_reason, result.generation_tokens) == ("cancelled", len(result.token_ids))
+    assert result.generation_tokens < 6
+
+
+def progress_that_waits(seconds):
+    """A callback that sleeps at the first token."""
+
+    def progress(event):
+        if (event.stage, event.done) == ("generate", 1):
+            time.sleep(seconds)
+
+    return progress
+
+
+def test_the_speed_of_a_cancelled_prompt_counts_what_was_read(tiny, monkeypatch):
+    monkeypatch.setattr(decoding, "_CHUNK", {"cpu": 4, "gpu": 4})
+    request = decoding.Request([1] * 100, 5, frozenset(), 0.0, 1.0, 0, 0.0, 0)
+    cancel, last = CancelToken(), None
+    for item in decoding.decode(tiny.module, request, cancel):
+        last = item
+        if getattr(item, "done", 0) == 8:
+            cancel.cancel()
+    assert (last.reason, last.prompt_tokens) == ("cancelled", 8)
 
 
 def test_progress_of_all_stages(tiny_llama, monkeypatch):
