@@ -16,6 +16,8 @@ from types import ModuleType
 from typing import Any
 
 from mlxq.api import public
+from mlxq.errors import FormatError
+from mlxq.formats.floats import all_finite
 from mlxq.ops import validation
 from mlxq.ops.arrays import Kind, describe, import_mlx, indices_to_kind, to_kind
 from mlxq.ops.dispatch import Call, choose, device_of
@@ -28,7 +30,7 @@ def quantize(w: Any, *, bits: int, group_size: int, mode: str = "affine", backen
     """Quantize to the min/max grid of `mx.quantize`.
 
     Args:
-        w: float `[..., N, K]`, `K` a multiple of `group_size`, finite.
+        w: float `[..., N, K]`, `K` a multiple of `group_size`, finite; that NumPy arrays are is checked.
         bits: 2, 3, 4, 5, 6 or 8.
         group_size: 32, 64 or 128.
         mode: `affine`.
@@ -38,6 +40,8 @@ def quantize(w: Any, *, bits: int, group_size: int, mode: str = "affine", backen
     """
     described = describe("quantize", "w", w)
     validation.quantize(described, bits, group_size, mode)
+    if described.kind == "numpy" and not all_finite(w):
+        raise FormatError(f"quantize: a weight is NaN or infinite; w.shape == {w.shape}")
     run, kind = _backend("quantize", described.kind, 0, backend)
     # NumPy arrays get the same codes on every machine.
     compute = run.quantize_on_cpu if (described.kind, kind) == ("numpy", "mlx") else run.quantize

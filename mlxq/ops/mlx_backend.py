@@ -12,6 +12,7 @@ from functools import cache
 from itertools import pairwise
 
 import mlx.core as mx
+import numpy as np
 
 from mlxq.ops.arrays import mlx_dtype
 
@@ -32,6 +33,10 @@ def quantize_on_cpu(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, 
 def dequantize(
     w_q: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int, dtype: str | None
 ) -> mx.array:
+    if not w_q.size:
+        return mx.zeros(
+            (*scales.shape[:-1], scales.shape[-1] * group_size), mlx_dtype(dtype) if dtype else scales.dtype
+        )
     w_hat = mx.dequantize(w_q, scales, biases, group_size=group_size, bits=bits)
     return w_hat if dtype is None else w_hat.astype(mlx_dtype(dtype))
 
@@ -40,6 +45,10 @@ def quantized_matmul(
     x: mx.array, w_q: mx.array, scales: mx.array, biases: mx.array, transpose: bool, bits: int, group_size: int
 ) -> mx.array:
     grid = {"transpose": transpose, "bits": bits, "group_size": group_size}
+    columns = w_q.shape[0] if transpose else scales.shape[1] * group_size
+    if not (x.size and w_q.size):
+        # mlx 0.32.4 divides by the number of rows, which ends the process.
+        return mx.zeros((*x.shape[:-1], columns), _promoted(x, scales))
     if not _on_cpu():
         return mx.quantized_matmul(x, w_q, scales, biases, **grid)
     dtype = _promoted(x, scales)
@@ -64,6 +73,10 @@ def gather_quantized_matmul(
     sorted_indices: bool,
 ) -> mx.array:
     dtype = _promoted(x, scales)
+    if not (x.size and w_q.size and rhs_indices.size):
+        batch = np.broadcast_shapes(x.shape[:-2], rhs_indices.shape)
+        columns = w_q.shape[1] if transpose else scales.shape[2] * group_size
+        return mx.zeros((*batch, x.shape[-2], columns), dtype)
     if _on_cpu():
         x, scales, biases = (a.astype(mx.float32) for a in (x, scales, biases))
     y = mx.gather_qmm(
@@ -86,6 +99,8 @@ def matmul(x: mx.array, w: mx.array) -> mx.array:
 
 def gather_matmul(x: mx.array, w: mx.array, rhs_indices: mx.array, sorted_indices: bool) -> mx.array:
     dtype = _promoted(x, w)
+    if not (x.size and w.size and rhs_indices.size):
+        return mx.zeros((*np.broadcast_shapes(x.shape[:-2], rhs_indices.shape), x.shape[-2], w.shape[1]), dtype)
     if _on_cpu():
         # mlx has this in float32 only on the CPU.
         x, w = x.astype(mx.float32), w.astype(mx.float32)

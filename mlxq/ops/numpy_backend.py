@@ -6,6 +6,9 @@ Products are computed in float32 and rounded once, to the dtype that mlx would r
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
+from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +22,17 @@ from mlxq.ops import planes
 _CHUNK = 1 << 18
 #: Half weights widened for one product: 8 MB of float32, and few BLAS calls, whose threads wait for each other.
 _WIDE_CHUNK = 1 << 21
+
+
+def _quiet(compute: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Infinite and NaN operands go through products as they do in mlx, without a word."""
+
+    @wraps(compute)
+    def run(*args: Any) -> np.ndarray:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return compute(*args)
+
+    return run
 
 
 def quantize(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -35,6 +49,7 @@ def quantize(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarray, np.
     return tuple(a.reshape(*w.shape[:-1], a.shape[-1]) for a in (w_q, scales, biases))
 
 
+@_quiet
 def dequantize(
     w_q: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, group_size: int, dtype: str | None
 ) -> np.ndarray:
@@ -44,16 +59,16 @@ def dequantize(
     return w_hat if dtype in (None, own) else from_float32(to_float32(w_hat, own), dtype)
 
 
+@_quiet
 def quantized_matmul(
     x: np.ndarray, w_q: np.ndarray, scales: np.ndarray, biases: np.ndarray, transpose: bool, bits: int, group_size: int
 ) -> np.ndarray:
     dtype = promote(dtype_of(x), dtype_of(scales))
-    product = planes.matmul_transposed if transpose else planes.matmul_plain
-    rows = to_float32(x, dtype_of(x)).reshape(-1, x.shape[-1])
-    y = product(rows, w_q, _widened(scales), _widened(biases), bits, group_size)
+    y = _packed_product(_rows(x), w_q, scales, biases, transpose, bits, group_size)
     return from_float32(y, dtype).reshape(*x.shape[:-1], y.shape[-1])
 
 
+@_quiet
 def gather_quantized_matmul(
     x: np.ndarray,
     w_q: np.ndarray,
@@ -66,21 +81,21 @@ def gather_quantized_matmul(
     sorted_indices: bool,
 ) -> np.ndarray:
     N = w_q.shape[1] if transpose else scales.shape[2] * group_size
-    product = planes.matmul_transposed if transpose else planes.matmul_plain
 
     def multiply(rows: np.ndarray, expert: int) -> np.ndarray:
-        return product(rows, w_q[expert], _widened(scales[expert]), _widened(biases[expert]), bits, group_size)
+        return _packed_product(rows, w_q[expert], scales[expert], biases[expert], transpose, bits, group_size)
 
     y = _gather(x, len(w_q), N, rhs_indices, multiply)
     return from_float32(y, promote(dtype_of(x), dtype_of(scales)))
 
 
+@_quiet
 def matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    rows = to_float32(x, dtype_of(x)).reshape(-1, x.shape[-1])
-    y = _matmul(rows, w)
+    y = _matmul(_rows(x), w)
     return from_float32(y, promote(dtype_of(x), dtype_of(w))).reshape(*x.shape[:-1], y.shape[-1])
 
 
+@_quiet
 def gather_matmul(x: np.ndarray, w: np.ndarray, rhs_indices: np.ndarray, sorted_indices: bool) -> np.ndarray:
     y = _gather(x, len(w), w.shape[1], rhs_indices, lambda rows, expert: _matmul(rows, w[expert]))
     return from_float32(y, promote(dtype_of(x), dtype_of(w)))
@@ -89,6 +104,28 @@ def gather_matmul(x: np.ndarray, w: np.ndarray, rhs_indices: np.ndarray, sorted_
 def promote(a: str, b: str) -> str:
     """dtype of a product: equal ones stay, float16 with bfloat16 is float32, as in mlx."""
     return a if a == b else "F32"
+
+
+def _packed_product(
+    rows: np.ndarray,
+    w_q: np.ndarray,
+    scales: np.ndarray,
+    biases: np.ndarray,
+    transpose: bool,
+    bits: int,
+    group_size: int,
+) -> np.ndarray:
+    """Product of float32 rows `[M, K]` (`[M, N]` when not `transpose`) with one packed matrix, in float32."""
+    if not rows.size or not w_q.size:
+        columns = w_q.shape[0] if transpose else scales.shape[1] * group_size
+        return np.zeros((rows.shape[0], columns), np.float32)
+    product = planes.matmul_transposed if transpose else planes.matmul_plain
+    return product(rows, w_q, _widened(scales), _widened(biases), bits, group_size)
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """x in float32 as `[M, K]`; M may be 0."""
+    return to_float32(x, dtype_of(x)).reshape(prod(x.shape[:-1]), x.shape[-1])
 
 
 def _matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -110,15 +147,15 @@ def _gather(
         raise FormatError(f"rhs_indices must be in 0..{n_experts - 1}, got {rhs_indices.min()}..{rhs_indices.max()}")
     M, K = x.shape[-2:]
     batch = np.broadcast_shapes(x.shape[:-2], rhs_indices.shape)
-    matrices = to_float32(x, dtype_of(x)).reshape(-1, M, K)
+    matrices = to_float32(x, dtype_of(x)).reshape(prod(x.shape[:-2]), M, K)
     sources = np.arange(len(matrices)).reshape(x.shape[:-2])
     sources = np.broadcast_to(sources, batch).reshape(-1)
     experts = np.broadcast_to(rhs_indices, batch).reshape(-1)
     y = np.empty((experts.size, M, N), np.float32)
     for expert in np.unique(experts):
         targets = np.flatnonzero(experts == expert)
-        rows = matrices[sources[targets]].reshape(-1, K)
-        y[targets] = multiply(rows, int(expert)).reshape(-1, M, N)
+        rows = matrices[sources[targets]].reshape(targets.size * M, K)
+        y[targets] = multiply(rows, int(expert)).reshape(targets.size, M, N)
     return y.reshape(*batch, M, N)
 
 

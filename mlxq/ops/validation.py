@@ -8,15 +8,31 @@ Each check returns the number of rows of x, M (0 where there is no x).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 from math import prod
+from typing import TypeVar
 
 from mlxq.errors import FormatError
 from mlxq.formats.geometry import validate_affine, validate_width
 from mlxq.ops.arrays import Operand
 from mlxq.types import FLOAT_BYTES
 
-_cached = lru_cache(maxsize=4096)
+_Check = TypeVar("_Check", bound=Callable[..., int])
+
+
+def _cached(check: _Check) -> _Check:
+    # 4.0 and True are equal to legal values and must not pass for them.
+    cached = lru_cache(maxsize=4096, typed=True)(check)
+
+    @wraps(check)
+    def run(*args: object) -> int:
+        try:
+            return cached(*args)
+        except TypeError:  # a list, say, has no hash: the check itself says what is wrong with it
+            return check(*args)
+
+    return run
 
 
 @_cached
@@ -40,7 +56,7 @@ def dequantize(
 ) -> int:
     """`w_q` uint32 `[..., N, K * bits // 32]` with scales and biases `[..., N, K // group_size]`; a known dtype."""
     _check_packed("dequantize", w_q, scales, biases, bits, group_size, mode)
-    if dtype is not None and dtype not in FLOAT_BYTES:
+    if dtype is not None and dtype not in tuple(FLOAT_BYTES):
         raise FormatError(f"dequantize: dtype must be one of {', '.join(FLOAT_BYTES)}, got {dtype!r}")
     return 0
 

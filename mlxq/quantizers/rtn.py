@@ -18,13 +18,12 @@ def quantize(w: np.ndarray, spec: QuantSpec, dtype: str) -> QuantizedTensor:
     Raises:
         FormatError: a weight, or a scale that follows from the weights, is not finite.
     """
-    if not floats.all_finite(w):
-        raise FormatError("a weight is NaN or infinite")
     source_dtype = floats.dtype_of(w)
     if source_dtype != dtype:
-        w = floats.from_float32(floats.to_float32(w, source_dtype), dtype)
-        if not floats.all_finite(w):
+        cast = floats.from_float32(floats.to_float32(w, source_dtype), dtype)
+        if not floats.all_finite(cast) and floats.all_finite(w):
             raise FormatError(f"the weights exceed the range of {dtype}; choose another dtype")
+        w = cast
     w_q, scales, biases = ops.quantize(w, bits=spec.bits, group_size=spec.group_size)
     if not (floats.all_finite(scales) and floats.all_finite(biases)):
         raise FormatError(f"the weights exceed the range of {dtype} scales")

@@ -318,3 +318,78 @@ def test_errors_name_the_operation_the_rule_and_both_sides(call, words):
 def test_unknown_backend():
     with pytest.raises(BackendError, match="unknown back end 'cuda'; the back ends are numpy, mlx"):
         ops.matmul(X, X, backend="cuda")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("rows", [(0,), (2, 0), (0, 3)])
+def test_no_rows_give_no_rows(rows, backend):
+    w_q, scales, biases = packed((8, 64), 4, 32)
+    grid = {"bits": 4, "group_size": 32, "backend": backend}
+    x = np.zeros((*rows, 64), np.float32)
+    assert ops.quantized_matmul(x, w_q, scales, biases, **grid).shape == (*rows, 8)
+    assert ops.quantized_matmul(x[..., :8], w_q, scales, biases, transpose=False, **grid).shape == (*rows, 64)
+    assert ops.matmul(x, normal((8, 64), 1), backend=backend).shape == (*rows, 8)
+    if len(rows) > 1:
+        empty = ops.quantize(x, **grid)
+        assert empty[0].shape == (*rows, 8)
+        assert ops.dequantize(*empty, **grid).shape == x.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(0, 3, 64), (2, 0, 64)])
+def test_no_rows_for_experts_give_no_rows(shape, backend):
+    stack = packed((4, 8, 64), 4, 32)
+    indices = np.zeros(shape[0], np.uint32)
+    x = np.zeros(shape, np.float32)
+    for y in (
+        ops.gather_quantized_matmul(x, *stack, indices, bits=4, group_size=32, backend=backend),
+        ops.gather_matmul(x, normal((4, 8, 64), 1), indices, backend=backend),
+    ):
+        assert y.shape == (*shape[:2], 8)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("backend", [*BACKENDS, None])
+def test_numpy_weights_must_be_finite_whatever_computes(backend, dtype, bad):
+    w = normal((4, 64), 1)
+    w[3, 63] = bad
+    with pytest.raises(FormatError, match="a weight is NaN or infinite"):
+        ops.quantize(from_float32(w, dtype), bits=4, group_size=32, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"bits": [4]}, "bits must be one of"),
+        ({"bits": 4.0}, "bits must be one of"),
+        ({"group_size": {}}, "group_size must be one of"),
+        ({"group_size": 64.0}, "group_size must be one of"),
+        ({"mode": ["affine"]}, "mode must be 'affine'"),
+    ],
+)
+def test_arguments_of_no_use_are_refused_even_after_their_equals_passed(wrong, message):
+    w = normal((4, 64), 1)
+    ops.quantize(w, bits=4, group_size=64)
+    with pytest.raises(FormatError, match=message):
+        ops.quantize(w, **({"bits": 4, "group_size": 64} | wrong))
+    with pytest.raises(FormatError, match="dtype must be one of"):
+        ops.dequantize(*ops.quantize(w, bits=4, group_size=64), bits=4, group_size=64, dtype=["F32"])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("M", [1, 40])
+def test_infinite_operands_go_through_without_a_word(M):
+    w_q, scales, biases = packed((8, 64), 4, 32)
+    scales[3, 1] = np.inf
+    biases[4, 0] = np.nan
+    x = normal((M, 64), 2)
+    x[0, 5] = np.inf
+    grid = {"bits": 4, "group_size": 32, "backend": "numpy"}
+    found = ops.quantized_matmul(x, w_q, scales, biases, **grid)
+    # The rows that nothing infinite meets.
+    assert np.isfinite(found[1:, [0, 1, 2, 5, 6, 7]]).all()
+    assert not np.isfinite(found[:, [3, 4]]).any()
+    assert not np.isfinite(ops.quantized_matmul(x[:, :8], w_q, scales, biases, transpose=False, **grid)).all()
+    w = ops.dequantize(w_q, scales, biases, **grid)
+    assert not np.isfinite(ops.matmul(x, w, backend="numpy")[:, 3:5]).any()
