@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import threading
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 from mlxq.errors import CheckpointError
 
 _PRIVATE = "mlxq._mlx_lm"
+_preparing = threading.Lock()
 #: Functions that the runtime may give a version of its own.
 _OVERRIDABLE = (("models.base", "scaled_dot_product_attention"), ("models.activations", "swiglu"))
 
@@ -39,14 +41,20 @@ def _package_dir() -> Path:
 
 def import_private(module: str) -> types.ModuleType:
     """Import `mlx_lm.<module>` as a private copy, e.g. `import_private("models.cache")`."""
-    if _PRIVATE not in sys.modules:
-        package = types.ModuleType(_PRIVATE)
-        package.__path__ = [str(_package_dir())]
-        sys.modules[_PRIVATE] = package
-        for name, attribute in _OVERRIDABLE:
-            owner = importlib.import_module(f"{_PRIVATE}.{name}")
-            setattr(owner, attribute, _Overridable(getattr(owner, attribute)))
+    with _preparing:
+        _prepare()
     return importlib.import_module(f"{_PRIVATE}.{module}")
+
+
+@functools.cache
+def _prepare() -> None:
+    """Make the package, before any model file can take a function by name that is to be overridable."""
+    package = types.ModuleType(_PRIVATE)
+    package.__path__ = [str(_package_dir())]
+    sys.modules[_PRIVATE] = package
+    for name, attribute in _OVERRIDABLE:
+        owner = importlib.import_module(f"{_PRIVATE}.{name}")
+        setattr(owner, attribute, _Overridable(getattr(owner, attribute)))
 
 
 class _Overridable:
