@@ -14,6 +14,7 @@ from collections.abc import Generator, Iterator
 from typing import Generic, TypeVar
 
 from mlxq.ops.threads import leave_mlx
+from mlxq.runtime.memory import WiredLimit
 
 T = TypeVar("T")
 
@@ -83,14 +84,21 @@ def _submit(job: _Job) -> None:
 
 
 def _loop() -> None:
-    while (job := _next_job()) is not None:
+    limit = WiredLimit()
+    while (job := _next_job(limit)) is not None:
+        limit.raise_()
         _advance(job)
         # A finished job's model must not stay alive while this thread waits.
         del job
     leave_mlx()
 
 
-def _next_job() -> _Job | None:
+def _next_job(limit: WiredLimit) -> _Job | None:
+    """Wait for work; None at exit."""
+    with _changed:
+        idle = not _jobs
+    if idle:
+        limit.restore()
     with _changed:
         _changed.wait_for(lambda: _exiting or any(job.runnable() for job in _jobs))
         if _exiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +15,7 @@ import mlxq
 from mlxq import ops
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.runtime import weights
+from mlxq.runtime import decoding, weights
 
 RAW = {"chat_template": False, "stop_tokens": ()}
 
@@ -116,3 +117,41 @@ def test_scales_of_a_gguf_stay_exact_where_the_model_wants_bfloat16(write_gguf):
         stored = checkpoint.read_quantized(name).scales.astype(np.float32)
     with mlxq.load(path) as model:
         assert np.array_equal(np.array(model.module.model.layers[0].mlp.up_proj.scales), stored)
+
+
+def test_freed_memory_is_given_back(tmp_path, monkeypatch):
+    path = make_model(tmp_path / "m")
+    calls = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: calls.append(1))
+    monkeypatch.setattr(decoding, "_CHUNK", {"cpu": 4, "gpu": 4})
+    monkeypatch.setattr(decoding, "_RELEASE_EVERY", 5)
+    model = mlxq.load(path)
+    assert len(calls) == 1
+    model.generate("0123456789", max_tokens=12, **RAW)
+    # Chunks of 4, 4 and 1 token before the last, then after 5 and 10 tokens.
+    assert len(calls) == 1 + 3 + 2
+    model.close()
+    assert len(calls) == 1 + 3 + 2 + 1
+
+
+def test_weights_are_wired_while_a_text_is_generated_and_no_longer(tmp_path, monkeypatch):
+    limits, held = [], {"limit": 7}
+
+    def set_wired_limit(limit):
+        limits.append(limit)
+        before, held["limit"] = held["limit"], limit
+        return before
+
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
+    monkeypatch.setattr(mx, "set_wired_limit", set_wired_limit)
+    with mlxq.load(make_model(tmp_path / "m")) as model:
+        assert limits == []
+        model.generate("hello", max_tokens=3, **RAW)
+        deadline = time.monotonic() + 5
+        while limits != [1000, 7] and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert limits == [1000, 7]
+        monkeypatch.setattr(mx, "device_info", lambda: {})
+        model.generate("hello", max_tokens=3, **RAW)
+        assert limits == [1000, 7]

@@ -62,6 +62,18 @@ def test_the_prompt_is_not_projected_to_the_vocabulary(tiny, monkeypatch):
     assert rows == [1, 1, 1]
 
 
+def test_a_wrapped_language_model_is_not_projected_either(tmp_path, monkeypatch):
+    text = ZOO["gemma3_sliding"][0]
+    path = save_random(tmp_path / "m", {"model_type": "gemma3", "text_config": text, "vocab_size": 320}, None)
+    write_tokenizer(path)
+    monkeypatch.setattr(decoding, "_CHUNK", {"cpu": 5, "gpu": 5})
+    with mlxq.load(path) as model:
+        assert decoding._trunk(model.module) is model.module.language_model.model
+        result = model.generate("a prompt of some tokens", max_tokens=4, stop_tokens=(), **RAW)
+        ids = model.encode("a prompt of some tokens", chat_template=False)
+        assert result.token_ids == greedy_reference(model, ids, 4)
+
+
 def test_numpy_back_end_alone_gives_the_same(tiny, monkeypatch):
     expected = tiny.generate("one prompt", max_tokens=8, **RAW).token_ids
     monkeypatch.setenv("MLXQ_BACKEND", "numpy")
@@ -91,6 +103,51 @@ def test_a_character_split_between_tokens_is_never_shown_in_parts(tiny):
     broken = Detokenizer(tiny.tokenizer)
     assert broken.add(ids[text.encode().index("日".encode())]) == ""
     assert broken.finish() == "\ufffd"
+
+
+def test_bytes_that_never_become_a_character_come_out_in_time(tiny):
+    invalid = tiny.tokenizer.convert_tokens_to_ids("Ģ")  # 0x80, which only continues a character
+    a = tiny.tokenizer.convert_tokens_to_ids("a")
+    decoded = []
+
+    class Counting:
+        def decode(self, ids, **options):
+            decoded.append(len(ids))
+            return tiny.tokenizer.decode(ids, **options)
+
+    ids = [a, *[invalid] * 2000, a, *tiny.tokenizer.encode("日", add_special_tokens=False), a]
+    detokenizer = Detokenizer(Counting())
+    pieces = [detokenizer.add(i) for i in ids]
+    assert "".join(pieces) + detokenizer.finish() == "a" + "\ufffd" * 2000 + "a日a"
+    assert len("".join(pieces[:1000])) > 980
+    # Twice a few tokens for each, instead of 2000 * 2000 / 2 in all.
+    assert max(decoded) < 30
+    assert sum(decoded) < 60 * len(ids)
+
+
+def test_spaces_after_special_tokens_stay():
+    # As sentencepiece decodes: the first space of a text is dropped, and nothing is shown of special tokens.
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {"<unk>": 0, "▁Hello": 1, "▁world": 2} | {f"<0x{b:02X}>": b + 3 for b in range(256)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>", byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens([AddedToken("<tool>", special=True)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    tool, dash = fast.convert_tokens_to_ids("<tool>"), [b + 3 for b in "—".encode()]
+    bad = 0x80 + 3
+    for ids in (
+        [1, tool, 2],
+        [1, tool, tool, 2, 2],
+        [tool, 1, 2],
+        [1, *dash, tool, 2, *dash],
+        [1, *[bad] * 50, 2, tool, 2],
+    ):
+        detokenizer = Detokenizer(fast)
+        text = "".join(detokenizer.add(i) for i in ids) + detokenizer.finish()
+        assert text == fast.decode(ids, skip_special_tokens=True)
 
 
 def test_stop_tokens_are_a_union(tmp_path):
@@ -189,6 +246,17 @@ def test_a_template_that_leaves_the_system_message_out(tmp_path):
             else:
                 # The template's own, spelt out: the same ids, and yet not ignored.
                 assert model.encode("hi", system="be kind") == model.encode("hi")
+
+
+def test_a_template_that_refuses(tmp_path):
+    path = make_model(tmp_path / "m")
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ raise_exception('roles must alternate') }}"
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with mlxq.load(path) as model:
+        for system in (None, "be kind"):
+            with pytest.raises(GenerationError, match="template refuses the messages: roles must alternate"):
+                model.encode("hi", system=system)
 
 
 def test_a_raw_prompt_does_not_end_in_an_appended_end_token(tmp_path):
@@ -477,6 +545,20 @@ def test_missing_and_damaged_tokenizers(tmp_path):
     with pytest.raises(CheckpointError, match="tokenizer cannot be loaded") as caught:
         mlxq.load(path)
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_wrong_in_the_config_is_not_blamed_on_the_tokenizer(tmp_path, capfd, caplog):
+    path = make_model(tmp_path / "m")
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "zz"}}))
+    with pytest.raises(CheckpointError) as caught:
+        mlxq.load(path)
+    assert "tokenizer" not in str(caught.value)
+    # Settings that transformers comments on are none of the user's business here.
+    (path / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "zz": 1}}))
+    mlxq.load(path).close()
+    assert capfd.readouterr() == ("", "")
+    assert not caplog.records
 
 
 def test_quantized_directory_generates(tmp_path):

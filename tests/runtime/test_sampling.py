@@ -54,3 +54,13 @@ def test_the_seed_decides():
     assert drawn(50) == drawn(50)
     assert drawn(50) != drawn(50, seed=4)
     assert drawn(5, seed=-1) == drawn(5, seed=2**64 - 1)
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 1e-45, 5e-324])
+def test_low_temperatures_take_the_likeliest(temperature):
+    assert set(drawn(20, temperature=temperature)) == {1}
+
+
+def test_one_candidate_is_the_argmax_even_of_equals():
+    sampler = make_sampler(temperature=5.0, top_p=1.0, top_k=1, min_p=0.0, seed=3)
+    assert {int(sampler(mx.array([[1.0, 4.0, 4.0, 4.0]])).item()) for _ in range(20)} == {1}
