@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import build_model
 from mlxq.checkpoint.source import open_checkpoint
+from mlxq.errors import OutputError
 from mlxq.runtime import blocks
 from mlxq.runtime.blocks import StreamedModel
 from mlxq.runtime.layers import install_layers
@@ -225,6 +228,34 @@ def test_a_model_without_a_trunk_is_run_whole_and_says_so(tmp_path: Path, monkey
 
     monkeypatch.setattr(blocks, "_path_of_blocks", unfit)
     assert assert_same(path).whole == "it has no list of blocks"
+
+
+@pytest.mark.parametrize("allocates", [True, False])
+def test_logits_that_the_disk_has_no_room_for(monkeypatch: pytest.MonkeyPatch, allocates: bool) -> None:
+    """Found out before anything is written through a map, where it would end the process."""
+    if not allocates:
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    elif not hasattr(os, "posix_fallocate"):
+        pytest.skip("this system has no posix_fallocate")
+    spool = blocks._spool((3, 1 << 20))
+    spool[:] = 1.0
+    assert spool.sum(dtype=np.float64) == 3 << 20
+
+    class Full:
+        def __enter__(self) -> Full:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def __exit__(self, *_: object) -> None: ...
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if allocates:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+    else:
+        monkeypatch.setattr(blocks.tempfile, "TemporaryFile", Full)
+    with pytest.raises(OutputError, match=r"4 MB for the logits .* No space left on device; make room"):
+        blocks._spool((1, 1 << 20))
 
 
 def test_shared_modules_are_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
