@@ -22,6 +22,12 @@ _FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
 #: Models of mlx-lm with one rotary base for full and another for sliding attention, under flat names.
 _TWO_ROPE_BASES = frozenset({"gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gear"})
 
+#: Numbers that every forward pass needs, some models one for each layer. An epsilon may be 0.
+_BASES = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon")
+#: Of float32.
+_LARGEST = 3.4028234663852886e38
+
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 
 
@@ -32,7 +38,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file cannot be read, is not JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = _decode_floats(json.loads(path.read_bytes().decode("utf-8-sig")))
     except OSError as e:
         raise CheckpointError(f"{path}: cannot be read: {e.strerror or e}") from e
     except (ValueError, RecursionError) as e:
@@ -40,14 +46,15 @@ def read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: not valid JSON: {why}") from e
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(value).__name__}, but an object is expected")
-    return _decode_floats(value)
+    return value
 
 
 def read_config(directory: Path) -> dict[str, Any]:
     """`config.json` of a model directory, normalized.
 
     Raises:
-        CheckpointError: it is missing, malformed, names no `model_type`, or asks for code of its own (`model_file`).
+        CheckpointError: it is missing, malformed, names no `model_type`, asks for code of its own (`model_file`), or
+            has a rotary base or the like that is no positive number.
     """
     path = directory / "config.json"
     if not path.exists():
@@ -67,7 +74,27 @@ def read_config(directory: Path) -> dict[str, Any]:
     for key in ("text_config", "quantization"):
         if config.get(key) is not None and not isinstance(config[key], dict):
             raise CheckpointError(f"{path}: {key} is {quoted(config[key])}, but must be an object")
-    return normalize(config)
+    config = normalize(config)
+    _check_numbers(config, f"{path}: ")
+    return config
+
+
+def _check_numbers(part: dict[str, Any], where: str) -> None:
+    """Refuse numbers of which no model can be built, but which mlx would only stumble over, if at all."""
+    for key in (*_BASES, *_EPSILONS):
+        values, rule = part.get(key), "positive" if key in _BASES else "not negative"
+        for value in values if isinstance(values, list) else [values]:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            fits = number and 0 <= value <= _LARGEST and (value > 0 or key in _EPSILONS)
+            if value is not None and not fits:
+                raise CheckpointError(
+                    f"{where}{key} is {quoted(values)}, but must be a number that is {rule} and finite"
+                )
+    rope = part.get("rope_parameters")
+    by_layer = rope if isinstance(rope, dict) else {}
+    for name, nested in (("text_config", part.get("text_config")), ("rope_parameters", rope), *by_layer.items()):
+        if isinstance(nested, dict) and name not in (*_BASES, *_EPSILONS):
+            _check_numbers(nested, f"{where}{name}.")
 
 
 def read_generation_config(directory: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ Nothing large is fetched before the file listing and `config.json` have shown th
 
 from __future__ import annotations
 
-import fnmatch
 import io
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlxq.checkpoint.config import read_config
-from mlxq.checkpoint.huggingface import COMPANIONS, is_tokenizer, refuse_quantized_directory
+from mlxq.checkpoint.huggingface import is_companion, is_tokenizer, refuse_quantized_directory
 from mlxq.checkpoint.shards import INDEX, explain_no_weights, find_weights, read_index
 from mlxq.errors import CheckpointError, MlxqError
 from mlxq.types import Progress, ProgressCallback
@@ -95,7 +94,7 @@ def _download(repo_id: str, revision: str | None, progress: ProgressCallback | N
         ask = lambda: api.model_info(repo_id, revision=revision, files_metadata=True, timeout=patience)  # noqa: E731
         info = _within(patience, ask)
         sizes = {f.rfilename: f.size or 0 for f in info.siblings or ()}
-        _check_listing(label, sizes)
+        _check_listing(repo_id, label, sizes)
         for name in _SMALL:
             if name in sizes:
                 path = hf_hub_download(repo_id, name, revision=info.sha, library_name="mlxq")
@@ -119,9 +118,9 @@ def _download(repo_id: str, revision: str | None, progress: ProgressCallback | N
     return Path(found)
 
 
-def _check_listing(label: str, names: dict[str, int]) -> None:
+def _check_listing(repo_id: str, label: str, names: dict[str, int]) -> None:
     if INDEX not in names and not find_weights(names, label):
-        raise CheckpointError(f"{label}: {explain_no_weights(names)}")
+        raise CheckpointError(f"{label}: {explain_no_weights(names, repo_id)}")
     if "config.json" not in names:
         raise CheckpointError(f"{label}: has weights on the Hub, but no config.json that describes them")
 
@@ -132,8 +131,7 @@ def _needed(snapshot: Path, names: dict[str, int]) -> list[str]:
     missing = sorted(weights - set(names))
     if missing:
         raise CheckpointError(f"{snapshot / INDEX}: names {missing[0]}, which the Hub does not have")
-    patterns = (*_SMALL, *COMPANIONS)
-    return sorted(weights | {n for n in names if any(fnmatch.fnmatchcase(n, p) for p in patterns)})
+    return sorted(weights | {n for n in names if n in _SMALL or is_companion(n)})
 
 
 def _within(seconds: float, work: Callable[[], T]) -> T:

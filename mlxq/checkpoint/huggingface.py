@@ -16,7 +16,8 @@ from mlxq.checkpoint.shards import ShardedTensors
 from mlxq.errors import CheckpointError
 from mlxq.types import FLOAT_BYTES, TensorInfo
 
-#: Files that travel with a model, byte for byte: tokenizer, chat templates, generation settings, processors, licences.
+#: Files that travel with a model, byte for byte: tokenizer, chat templates, generation settings, processors, licences,
+#: and code of its own, which is not run here but which other readers may ask for.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer.model",
@@ -41,6 +42,7 @@ COMPANIONS = (
     "LICENCE*",
     "NOTICE*",
     "USE_POLICY*",
+    "*.py",
 )
 #: Any one of these makes a tokenizer.
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "spiece.model", "tekken.json")
@@ -56,6 +58,11 @@ def find_companions(directory: Path) -> dict[str, Path]:
             if path.is_file():
                 found[path.relative_to(directory).as_posix()] = path
     return dict(sorted(found.items()))
+
+
+def is_companion(name: str) -> bool:
+    """Whether a file of this name, relative to the model's directory, is one that `find_companions` takes."""
+    return any(name.count("/") == p.count("/") and fnmatch.fnmatchcase(name, p) for p in COMPANIONS)
 
 
 def is_tokenizer(names: Iterable[str]) -> bool:

@@ -125,8 +125,8 @@ def find_weights(names: Iterable[str], where: object) -> list[str]:
     return shards
 
 
-def explain_no_weights(names: Iterable[str]) -> str:
-    """Why a directory with these files has no weights that can be read, and what to do."""
+def explain_no_weights(names: Iterable[str], repo_id: str | None = None) -> str:
+    """Why a directory with these files (or a model of the Hub) has no weights that can be read, and what to do."""
     names = sorted(set(names) - _NOT_WEIGHTS)
     adapters = [n for n in names if n.startswith("adapter") and n.endswith((".safetensors", ".bin", ".npz"))]
     if adapters:
@@ -138,6 +138,9 @@ def explain_no_weights(names: Iterable[str]) -> str:
             " convert them to safetensors (save_pretrained of transformers does) or use a safetensors revision"
         )
     ggufs = [n for n in names if n.endswith(".gguf")]
+    if ggufs and repo_id:
+        others = f" (or another of its {len(ggufs)})" if len(ggufs) > 1 else ""
+        return f"holds GGUF files: `hf download {repo_id} {ggufs[0]}`{others}, then give the path that it prints"
     if ggufs:
         return f"holds GGUF files, such as {ggufs[0]}; name the file itself"
     others = [n for n in names if n.endswith((".safetensors", ".npz", ".h5", ".msgpack", ".onnx"))]

@@ -216,3 +216,35 @@ def test_context_length():
     assert C.context_length({"text_config": {"max_position_embeddings": 4096}}) == 4096
     assert C.context_length({"n_positions": 1024, "max_position_embeddings": None}) == 1024
     assert C.context_length({}) is None
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps", "partial_rotary_factor"])
+@pytest.mark.parametrize("value", ["10000", True, 0, -1.0, math.inf, math.nan, 10**400, {"a": 1}, [1.0, "2"]])
+def test_numbers_that_no_model_can_have_are_refused(tmp_path, key, value):
+    for config, name in (
+        ({key: value}, key),
+        ({"text_config": {key: value}}, f"text_config.{key}"),
+        ({"rope_parameters": {"full_attention": {key: value}}}, f"full_attention.{key}"),
+        ({"rope_parameters": {"rope_type": "default", key: value}}, key),
+    ):
+        if key == "rms_norm_eps" and value == 0:
+            continue
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+        with pytest.raises(CheckpointError, match=f"{name} is .* must be a number that is") as e:
+            C.read_config(tmp_path)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("value", [10000, 1e6, None, [1e4, 5e5]])
+def test_numbers_of_models_are_taken(tmp_path, value):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "rope_theta": value}))
+    assert C.read_config(tmp_path)["rope_theta"] == value
+
+
+@pytest.mark.parametrize("depth", [100, 400, 700, 100_000])
+def test_nesting_without_end_is_one_line(tmp_path, depth):
+    (tmp_path / "config.json").write_text('{"model_type": "x", "a": ' + '{"a": ' * depth + "1" + "}" * depth + "}")
+    try:
+        C.read_config(tmp_path)
+    except CheckpointError as e:
+        assert "not valid JSON" in str(e)  # noqa: PT017

@@ -189,9 +189,11 @@ def test_companion_files(model):
     kept = [
         "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "qwen.tiktoken",
         "generation_config.json", "LICENSE", "LICENSE.txt", "NOTICE", "additional_chat_templates/tool_use.jinja",
+        "tokenization_mine.py",
     ]  # fmt: skip
-    left = ["README.md", "modeling_mine.py", "pytorch_model.bin", "optimizer.pt", ".gitattributes"]
+    left = ["README.md", "code/mine.py", "pytorch_model.bin", "optimizer.pt", ".gitattributes"]
     (model / "additional_chat_templates").mkdir()
+    (model / "code").mkdir()
     for name in kept + left:
         (model / name).write_text("{}")
     checkpoint = HuggingFaceCheckpoint(model)

@@ -246,19 +246,22 @@ def fake_hub(cache, monkeypatch):
 
 def test_downloads_only_what_is_needed(fake_hub, tmp_path, cache, capfd):
     model = write_model(tmp_path / "m")
-    for name in ("README.md", "pytorch_model.bin", "modeling_mine.py", "onnx.onnx", "consolidated.safetensors"):
+    for name in ("README.md", "pytorch_model.bin", "code/mine.py", "onnx.onnx", "consolidated.safetensors"):
+        (model / name).parent.mkdir(exist_ok=True)
         (model / name).write_bytes(b"x")
     (model / "LICENSE").write_text("MIT")
+    (model / "tokenization_mine.py").write_text("raise SystemExit")
     fake_hub.add(model)
     events = []
     checkpoint = open_checkpoint("org/name", progress=events.append)
     np.testing.assert_array_equal(checkpoint.read("a.weight"), floats(4, 64))
-    assert sorted(fake_hub.downloaded) == ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]
-    assert sorted(checkpoint.companion_files()) == ["LICENSE", "tokenizer.json"]
+    companions = ["LICENSE", "tokenization_mine.py", "tokenizer.json"]
+    assert sorted(fake_hub.downloaded) == sorted([*companions, "config.json", "model.safetensors"])
+    assert sorted(checkpoint.companion_files()) == companions
     assert {e.stage for e in events} == {"download"}
     assert all(0 <= e.done <= e.total for e in events)
     assert [e.done for e in events] == sorted(e.done for e in events)
-    sizes = [len(fake_hub.files[n]) for n in ("LICENSE", "model.safetensors", "tokenizer.json")]
+    sizes = [len(fake_hub.files[n]) for n in (*companions, "model.safetensors")]
     assert (events[-1].done, events[-1].total, events[-1].unit) == (sum(sizes), sum(sizes), "bytes")
     assert capfd.readouterr().out == ""
 
@@ -295,7 +298,9 @@ def test_pickled_weights_are_refused_before_they_are_fetched(fake_hub, tmp_path)
 
 def test_gguf_repositories_say_which_files_they_have(fake_hub):
     fake_hub.files = {"README.md": b"", "name-Q4_K_M.gguf": b""}
-    refuse("org/name", "GGUF", "name-Q4_K_M.gguf")
+    refuse("org/name", "GGUF", "`hf download org/name name-Q4_K_M.gguf`, then")
+    fake_hub.files["name-Q8_0.gguf"] = b""
+    refuse("org/name", "`hf download org/name name-Q4_K_M.gguf` (or another of its 2)")
     assert fake_hub.downloaded == []
 
 
