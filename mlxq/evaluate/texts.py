@@ -36,13 +36,12 @@ def token_sequences(tokenizer: Any, vocab_size: int | None = None, max_tokens: i
     Raises:
         CheckpointError: an id is beyond the vocabulary, or no section yields two tokens (nothing could be scored).
     """
-    found = []
-    for text in sections().values():
-        ids = [int(i) for i in tokenizer.encode(text)]
-        end = getattr(tokenizer, "eos_token_id", None)
-        if len(ids) > 1 and ids[-1] == end:
-            ids = ids[:-1]
-        found.append(ids[:max_tokens])
+    from mlxq.runtime.tokenizer import without_end
+
+    found = [
+        [int(i) for i in without_end(tokenizer, text, tokenizer.encode(text))][:max_tokens]
+        for text in sections().values()
+    ]
     found = [ids for ids in found if len(ids) > 1]
     if not found:
         raise CheckpointError("the tokenizer makes fewer than two tokens of every text, so nothing can be verified")

@@ -13,8 +13,8 @@ class Bytes:
 
     eos_token_id = 256
 
-    def encode(self, text: str) -> list[int]:
-        return [*text.encode(), 256]
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [*text.encode(), *([256] if add_special_tokens else [])]
 
 
 def test_sections() -> None:
@@ -45,6 +45,8 @@ def test_ids_beyond_the_vocabulary_are_refused() -> None:
 
 def test_a_tokenizer_that_yields_nothing_is_refused() -> None:
     class Empty:
+        eos_token_id = None
+
         def encode(self, text: str) -> list[int]:
             return []
 
