@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 
@@ -26,24 +27,32 @@ class WiredLimit:
     """
 
     def __init__(self) -> None:
+        self._asked = False
         self._before: int | None = None
 
     def raise_(self) -> None:
         """Allow what the device recommends; no effect when this was done already."""
-        if self._before is None and (limit := _recommended()) is not None:
-            import mlx.core as mx
+        if self._asked:
+            return
+        self._asked = True
+        # Speed is all that depends on it: a system that refuses generates all the same.
+        with contextlib.suppress(RuntimeError, ValueError):
+            limit = _recommended()
+            if limit is not None:
+                import mlx.core as mx
 
-            self._before = mx.set_wired_limit(limit)
+                self._before = mx.set_wired_limit(limit)
 
     def restore(self) -> None:
         """Put the limit back to what it was before `raise_`."""
-        if self._before is not None:
+        before, self._before, self._asked = self._before, None, False
+        if before is not None:
             import mlx.core as mx
 
-            # It must not change while something is computed.
-            mx.synchronize()
-            mx.set_wired_limit(self._before)
-            self._before = None
+            with contextlib.suppress(RuntimeError, ValueError):
+                # It must not change while something is computed.
+                mx.synchronize()
+                mx.set_wired_limit(before)
 
 
 def _recommended() -> int | None:

@@ -44,6 +44,9 @@ def _from_directory(directory: Path, shown: Path) -> Any:
             return tokenizer_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # transformers and tokenizers raise nearly anything for a damaged file
         what = " ".join(str(e).split()) or type(e).__name__
+        if type(e).__name__.startswith("StrictDataclass"):
+            # It reads config.json for the tokenizer's kind, and checks all of it.
+            raise CheckpointError(f"{shown}: transformers refuses its config.json: {what}") from e
         raise CheckpointError(f"{shown}: the tokenizer cannot be loaded: {what}") from e
 
 

@@ -155,3 +155,10 @@ def test_weights_are_wired_while_a_text_is_generated_and_no_longer(tmp_path, mon
         monkeypatch.setattr(mx, "device_info", lambda: {})
         model.generate("hello", max_tokens=3, **RAW)
         assert limits == [1000, 7]
+
+        def refuse(limit):
+            raise ValueError("larger than the maximum")
+
+        monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
+        monkeypatch.setattr(mx, "set_wired_limit", refuse)
+        assert model.generate("hello", max_tokens=3, **RAW).generation_tokens == 3

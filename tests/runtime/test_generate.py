@@ -550,10 +550,11 @@ def test_missing_and_damaged_tokenizers(tmp_path):
 def test_what_is_wrong_in_the_config_is_not_blamed_on_the_tokenizer(tmp_path, capfd, caplog):
     path = make_model(tmp_path / "m")
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(config | {"rope_scaling": {"type": "zz"}}))
-    with pytest.raises(CheckpointError) as caught:
-        mlxq.load(path)
-    assert "tokenizer" not in str(caught.value)
+    for wrong in ({"num_attention_heads": 0}, {"max_position_embeddings": "512"}):
+        (path / "config.json").write_text(json.dumps(config | wrong))
+        with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+            mlxq.load(path)
+        assert "tokenizer" not in str(caught.value)
     # Settings that transformers comments on are none of the user's business here.
     (path / "config.json").write_text(json.dumps(config | {"rope_parameters": {"rope_type": "default", "zz": 1}}))
     mlxq.load(path).close()
