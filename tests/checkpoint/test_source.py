@@ -77,12 +77,15 @@ def test_directories_open_as_what_they_are(tmp_path):
 @pytest.mark.parametrize(
     "source", ["./foo", "foo/", "/no/such/place", "a/b/c", "~/no-such-model", "../x", "models/x.gguf"]
 )
-def test_a_path_that_is_not_there_is_not_looked_up(source, monkeypatch):
+def test_a_path_that_is_not_there_is_not_looked_up(source, monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setattr(hub, "fetch", lambda *_: pytest.fail("the Hub was asked"))
     refuse(source, "no such file or directory")
 
 
-def test_a_single_word_says_what_a_hub_id_looks_like():
+def test_a_single_word_says_what_a_hub_id_looks_like(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     refuse("smollm2", "no such file or directory", "organization/name")
     with pytest.raises(CheckpointError, match="is empty"):
         resolve("")
