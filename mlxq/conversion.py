@@ -10,6 +10,7 @@ from typing import Any
 
 from mlxq.api import public
 from mlxq.architectures.parameters import ParameterMap
+from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
@@ -80,7 +81,7 @@ def convert(
     """
     options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype)
     stage = None if dry_run else OutputDirectory(_output_path(output), overwrite=overwrite)
-    with open_checkpoint(source, revision=revision, progress=progress) as checkpoint:
+    with open_checkpoint(source, revision, progress, accept=model_classes) as checkpoint:
         parameters = ParameterMap(checkpoint)
         plan = make_plan(
             parameters.tensors.values(),

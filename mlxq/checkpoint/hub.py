@@ -26,12 +26,18 @@ _SMALL = ("config.json", INDEX, "hf_quant_config.json")
 T = TypeVar("T")
 
 
-def fetch(repo_id: str, revision: str | None = None, progress: ProgressCallback | None = None) -> Path:
+def fetch(
+    repo_id: str,
+    revision: str | None = None,
+    progress: ProgressCallback | None = None,
+    accept: Callable[[dict[str, Any]], object] | None = None,
+) -> Path:
     """Directory of a snapshot of the model `repo_id`, out of the cache when that has it, else downloaded.
 
     Args:
         revision: branch, tag or commit; the default branch when None.
         progress: called with bytes of the stage `download`.
+        accept: called with config.json before weights are fetched; it raises to refuse the model.
 
     Raises:
         CheckpointError: not in the cache and the Hub cannot be reached (or must not be: HF_HUB_OFFLINE), no such
@@ -45,7 +51,7 @@ def fetch(repo_id: str, revision: str | None = None, progress: ProgressCallback 
     try:
         if constants.HF_HUB_OFFLINE:
             raise _Unreachable("HF_HUB_OFFLINE forbids to use the network")
-        return _download(repo_id, revision, progress)
+        return _download(repo_id, revision, progress, accept)
     except _Unreachable as e:
         if snapshot is not None and _has_weights(snapshot):
             return snapshot
@@ -83,7 +89,12 @@ def _has_weights(snapshot: Path) -> bool:
     return bool(names) and all((snapshot / name).is_file() for name in names)
 
 
-def _download(repo_id: str, revision: str | None, progress: ProgressCallback | None) -> Path:
+def _download(
+    repo_id: str,
+    revision: str | None,
+    progress: ProgressCallback | None,
+    accept: Callable[[dict[str, Any]], object] | None,
+) -> Path:
     from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 
     label = _label(repo_id, revision)
@@ -102,6 +113,8 @@ def _download(repo_id: str, revision: str | None, progress: ProgressCallback | N
     config = read_config(snapshot)
     if config.get("quantization") is None:
         refuse_quantized_directory(snapshot, config, label)
+    if accept is not None:
+        accept(config)
     needed = _needed(snapshot, sizes)
     with _translated(label):
         total = sum(sizes[n] for n in needed if not (snapshot / n).exists())

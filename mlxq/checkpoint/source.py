@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import read_config
@@ -18,7 +20,10 @@ _FILE_ENDINGS = (".gguf", ".safetensors", ".bin", ".json", ".pth", ".npz")
 
 
 def open_checkpoint(
-    source: str | os.PathLike[str], revision: str | None = None, progress: ProgressCallback | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    progress: ProgressCallback | None = None,
+    accept: Callable[[dict[str, Any]], object] | None = None,
 ) -> Checkpoint:
     """Open a model: a Hugging Face or MLX directory, a `.gguf` file, or a Hub id `org/name`.
 
@@ -27,11 +32,12 @@ def open_checkpoint(
             then on the Hub.
         revision: branch, tag or commit of a Hub id.
         progress: called with the bytes of a download.
+        accept: called with the config.json of a Hub model before its weights are fetched; it raises to refuse it.
 
     Raises:
         CheckpointError: no such source, or one that cannot be read; the message says why.
     """
-    path = resolve(source, revision, progress)
+    path = resolve(source, revision, progress, accept)
     if path.is_dir():
         return _open_directory(path)
     from mlxq.checkpoint.gguf import GgufCheckpoint
@@ -46,9 +52,12 @@ def _open_directory(path: Path) -> Checkpoint:
 
 
 def resolve(
-    source: str | os.PathLike[str], revision: str | None = None, progress: ProgressCallback | None = None
+    source: str | os.PathLike[str],
+    revision: str | None = None,
+    progress: ProgressCallback | None = None,
+    accept: Callable[[dict[str, Any]], object] | None = None,
 ) -> Path:
-    """The directory or `.gguf` file on this machine that `source` names, downloaded if need be.
+    """The directory or `.gguf` file on this machine that `source` names, downloaded if need be (see `open_checkpoint`).
 
     Raises:
         CheckpointError: nothing of that name, or a file that is not GGUF.
@@ -68,7 +77,7 @@ def resolve(
         raise CheckpointError(f"{text}: no such file or directory{hint}")
     from mlxq.checkpoint.hub import fetch
 
-    return fetch(text, revision, progress)
+    return fetch(text, revision, progress, accept)
 
 
 def _is_hub_id(text: str) -> bool:

@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from mlxq.api import public
 from mlxq.architectures.parameters import ParameterMap
+from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.config import context_length, eos_token_ids
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import GenerationError
@@ -119,7 +120,7 @@ def load(
     """
     # Refuses an unknown MLXQ_BACKEND before anything is read.
     choose(Call("matmul", "cpu"))
-    with open_checkpoint(source, revision, progress) as checkpoint:
+    with open_checkpoint(source, revision, progress, accept=model_classes) as checkpoint:
         # Before the tokenizer: transformers reads config.json too, and would take the blame for what is wrong in it.
         parameter_map = ParameterMap(checkpoint)
         tokenizer = load_tokenizer(checkpoint)

@@ -319,6 +319,16 @@ def test_quantized_by_others_is_refused_before_the_weights_are_fetched(fake_hub,
     assert fake_hub.downloaded == ["config.json"]
 
 
+@pytest.mark.parametrize("entry", ["convert", "load"])
+def test_an_unknown_architecture_is_refused_before_the_weights_are_fetched(fake_hub, tmp_path, entry):
+    import mlxq
+
+    fake_hub.add(write_model(tmp_path / "m", model_type="nosuchmodel"))
+    with pytest.raises(CheckpointError, match="nosuchmodel"):
+        mlxq.convert("org/name", tmp_path / "out") if entry == "convert" else mlxq.load("org/name")
+    assert fake_hub.downloaded == ["config.json"]
+
+
 def test_model_optimizer_settings_are_read_before_the_weights_are_fetched(fake_hub, tmp_path):
     model = write_model(tmp_path / "m")
     (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
