@@ -1,4 +1,4 @@
-"""What every public function shares: an unknown keyword argument is named, with the nearest and all valid ones."""
+"""What the public functions share: defaults that the command line shows too, and how an unknown keyword is refused."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+#: Tokens that `generate` writes at most, unless the caller says otherwise.
+DEFAULT_MAX_TOKENS = 512
+#: Tokens of context for estimates of memory, unless the caller says otherwise or the model takes fewer.
+DEFAULT_CONTEXT = 4096
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:

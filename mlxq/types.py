@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -56,6 +56,16 @@ class TensorInfo:
         for d in self.shape:
             n *= d
         return n
+
+    def row_ranges(self, max_weights: int) -> Iterator[slice | None]:
+        """Ranges of rows that cover the first axis, of at most `max_weights` (or one row) each; None for a scalar."""
+        if not self.shape:
+            yield None
+            return
+        n_rows = self.shape[0]
+        step = max(max_weights // max(self.size // max(n_rows, 1), 1), 1)
+        for start in range(0, n_rows, step):
+            yield slice(start, min(start + step, n_rows))
 
 
 @dataclass(frozen=True)

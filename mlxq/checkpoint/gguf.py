@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,12 @@ class GgufCheckpoint(Checkpoint):
         return data.reshape(last - first, step)[order - first].reshape(-1, width)
 
     def companion_files(self) -> dict[str, Path | bytes]:
-        return dict(build_tokenizer_files(self.metadata, self.config["vocab_size"]))
+        return dict(self._tokenizer_files)
+
+    @cached_property
+    def _tokenizer_files(self) -> dict[str, bytes]:
+        """Built once: a quarter of a million merges take seconds, and conversion, proof and loading each ask."""
+        return build_tokenizer_files(self.metadata, self.config["vocab_size"])
 
     def files(self) -> list[Path]:
         return [self.path]

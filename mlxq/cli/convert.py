@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from mlxq.cli.options import DEFAULT_CONTEXT, Revision, Source
+from mlxq.api import DEFAULT_CONTEXT
+from mlxq.cli.options import Revision, Source
 
 _PLAN = "Plan"
 _RUN = "Run"

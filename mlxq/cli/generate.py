@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from mlxq.cli.options import MAX_TOKENS, Revision
+from mlxq.api import DEFAULT_MAX_TOKENS
+from mlxq.cli.options import Revision
 
 _SAMPLING = "Sampling"
 
@@ -18,7 +19,9 @@ def generate(
         str | None, typer.Option("--prompt", "-p", help="The prompt; read from standard input without it, or with -.")
     ] = None,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate.")] = MAX_TOKENS,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-m", min=1, help="Most tokens to generate.")
+    ] = DEFAULT_MAX_TOKENS,
     temperature: Annotated[
         float,
         typer.Option("--temperature", "-t", min=0, help="0 takes the likeliest token.", rich_help_panel=_SAMPLING),

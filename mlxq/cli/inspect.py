@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mlxq.api import DEFAULT_CONTEXT
 from mlxq.cli.options import Revision, Source
 
 
@@ -16,7 +17,9 @@ def inspect(
     context: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Context length, in tokens, for the memory estimate. (default: 4096)", show_default=False
+            min=1,
+            help=f"Context length, in tokens, for the memory estimate. (default: {DEFAULT_CONTEXT})",
+            show_default=False,
         ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors/--no-tensors", help="List every tensor.")] = True,

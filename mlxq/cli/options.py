@@ -8,8 +8,3 @@ import typer
 
 Source = Annotated[str, typer.Argument(help="A model directory, a GGUF file, or a Hugging Face Hub id (org/name).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel="Source")]
-
-#: Tokens of context for which `convert --dry-run` estimates memory.
-DEFAULT_CONTEXT = 4096
-#: Tokens that `generate` writes at most.
-MAX_TOKENS = 512

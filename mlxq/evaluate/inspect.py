@@ -6,16 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlxq.api import public
+from mlxq.api import DEFAULT_CONTEXT, public
 from mlxq.architectures.memory import MemoryEstimate, memory_to_run
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import context_length
 from mlxq.checkpoint.source import open_checkpoint, resolve
 from mlxq.errors import CheckpointError
 from mlxq.types import FLOAT_BYTES, TensorInfo
-
-#: Tokens of context for the memory estimate, unless the caller says otherwise or the model takes fewer.
-DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
@@ -115,10 +112,12 @@ def inspect(source: str | Path, *, revision: str | None = None, context: int | N
             context_length=longest,
             n_weights=sum(t.size for t in infos),
             nbytes=nbytes,
-            bpw=_bpw(infos) or 0.0,
-            quantized_bpw=_bpw([t for t in infos if t.dtype not in FLOAT_BYTES]),
+            bpw=bits_per_weight(infos) or 0.0,
+            quantized_bpw=bits_per_weight([t for t in infos if t.dtype not in FLOAT_BYTES]),
             formats=_formats(infos),
-            tensors=tuple(TensorSummary(t.name, t.shape, _format(t), _bpw([t]) or 0.0, t.nbytes) for t in infos),
+            tensors=tuple(
+                TensorSummary(t.name, t.shape, _format(t), bits_per_weight([t]) or 0.0, t.nbytes) for t in infos
+            ),
             memory=memory_to_run(nbytes, checkpoint.config, context),
         )
 
@@ -155,7 +154,7 @@ def _formats(infos: list[TensorInfo]) -> tuple[FormatSummary, ...]:
     return tuple(sorted(found, key=lambda f: -f.nbytes))
 
 
-def _bpw(infos: list[TensorInfo]) -> float | None:
+def bits_per_weight(infos: list[TensorInfo]) -> float | None:
     """Bits per weight of some tensors, everything stored counted; None when they hold no weights."""
     size = sum(t.size for t in infos)
     return 8 * sum(t.nbytes for t in infos) / size if size else None

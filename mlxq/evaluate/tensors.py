@@ -151,10 +151,8 @@ def _relative_rmse(
 
 
 def _parts(info: TensorInfo, cancel: CancelToken | None) -> Iterator[slice | None]:
-    """Ranges of rows of at most `_CHUNK` weights (at least one row); None for a scalar."""
-    n_rows = info.shape[0] if info.shape else 0
-    step = max(_CHUNK // max(info.size // max(n_rows, 1), 1), 1)
-    for rows in [slice(i, min(i + step, n_rows)) for i in range(0, n_rows, step)] or [None]:
+    """Ranges of rows of at most `_CHUNK` weights; the work can be cancelled before each."""
+    for rows in info.row_ranges(_CHUNK):
         if cancel is not None:
             cancel.check()
         yield rows

@@ -23,6 +23,7 @@ from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError
 from mlxq.evaluate.bounds import better_than_chance, kl_bound, suspicious_kl
 from mlxq.evaluate.divergence import Accumulator, Divergence, score_tokens
+from mlxq.evaluate.inspect import bits_per_weight
 from mlxq.evaluate.tensors import TensorError, not_finite, same_format, tensor_errors
 from mlxq.evaluate.texts import MAX_TOKENS, token_sequences
 from mlxq.evaluate.verdict import NAMED, config_difference, failure, remarks
@@ -124,7 +125,7 @@ def verify(
         result = ParameterMap(checkpoint)
         tensors = list(result.tensors.values())
         if bpw is None:
-            bpw = 8 * sum(t.nbytes for t in tensors) / max(sum(t.size for t in tensors), 1)
+            bpw = bits_per_weight(tensors) or 0.0
         divergence, notes = _Comparison(parameters, result, sequences, progress, cancel).run()
         exact = {t.name for t in tensors if same_format(parameters.tensors.get(t.name), t)}
         # A comparison with NaN is false, so this holds for a divergence that is not finite too. A tensor may be broken

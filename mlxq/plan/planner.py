@@ -59,10 +59,9 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for every tensor of a model, in the model's order. `base` is the default spec."""
+    """The decisions for every tensor of a model, in the model's order."""
 
     tensors: tuple[TensorPlan, ...]
-    base: QuantSpec
     dtype: str
     dropped: tuple[str, ...] = ()
     nbytes_by_name: Mapping[str, int] = field(init=False, repr=False, compare=False)
@@ -93,7 +92,7 @@ class Plan:
 def planned_bytes(plan: TensorPlan) -> int:
     """Bytes that a planned tensor takes in the result."""
     if plan.spec is None:
-        return plan.info.size * FLOAT_BYTES[plan.dtype] if plan.dtype in FLOAT_BYTES else plan.info.nbytes
+        return plan.info.size * FLOAT_BYTES[plan.dtype]
     return geometry.affine_bytes(plan.info.shape, plan.spec, plan.dtype)
 
 
@@ -129,7 +128,7 @@ def make_plan(
             action, reason = _action(info, spec, dtype, reason)
             plans.append(TensorPlan(info, action, spec, dtype, reason))
     chooser.refuse_unmatched()
-    return Plan(tuple(plans), options.base, dtype, dropped)
+    return Plan(tuple(plans), dtype, dropped)
 
 
 class _Chooser:

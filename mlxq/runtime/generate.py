@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlxq.api import public
+from mlxq.api import DEFAULT_MAX_TOKENS, public
 from mlxq.errors import GenerationError
 from mlxq.runtime.decoding import Finished, FinishReason, Request, decode
 from mlxq.runtime.memory import peak_memory
@@ -19,9 +19,6 @@ from mlxq.types import CancelToken, Progress, ProgressCallback
 
 if TYPE_CHECKING:
     from mlxq.runtime.load import Model
-
-#: Tokens generated at most, unless the caller says otherwise.
-MAX_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ def generate(
     model: Model | str | Path,
     prompt: str | Messages,
     *,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,
@@ -115,7 +112,7 @@ def stream(
     model: Model | str | Path,
     prompt: str | Messages,
     *,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = DEFAULT_MAX_TOKENS,
     temperature: float = 0.0,
     top_p: float = 1.0,
     top_k: int = 0,

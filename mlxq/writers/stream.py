@@ -121,7 +121,7 @@ class WeightStream:
             while digested < len(files) and done * len(files) >= digested * total:
                 yield files[digested]
                 digested += 1
-            yield from _chunks(p)
+            yield from (_Chunk(p, rows) for rows in p.info.row_ranges(_CHUNK_WEIGHTS))
             done += p.info.size
         yield from files[digested:]
 
@@ -222,16 +222,6 @@ class _Budget:
                     del self._holders[key]
                     self._free += nbytes
                 self._changed.notify_all()
-
-
-def _chunks(plan: TensorPlan) -> Iterator[_Chunk]:
-    shape = plan.info.shape
-    if not shape:
-        yield _Chunk(plan, None)
-        return
-    step = max(_CHUNK_WEIGHTS // max(prod(shape[1:]), 1), 1)
-    for start in range(0, shape[0], step):
-        yield _Chunk(plan, slice(start, min(start + step, shape[0])))
 
 
 def _before(entries: list[Any], plan: TensorPlan, rows: slice | None) -> list[int]:

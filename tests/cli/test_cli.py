@@ -1,25 +1,12 @@
 """The command line as a person meets it: exit status, one line for each mistake, nothing on the wrong stream."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
 import tiny
-
-
-def mlxq(*arguments, stdin="", **env):
-    code = "import sys; from mlxq.cli import main; sys.argv[0] = 'mlxq'; main()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"} | env,
-    )
+from command import CODE, mlxq
 
 
 @pytest.fixture(scope="module")
@@ -139,9 +126,8 @@ def test_unknown_backend_is_named(converted):
 
 
 def test_a_closed_pipe_is_quiet(source):
-    code = "import sys; from mlxq.cli import main; sys.argv[0] = 'mlxq'; main()"
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "convert", str(source), "--dry-run"],
+        [sys.executable, "-c", CODE, "convert", str(source), "--dry-run"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )

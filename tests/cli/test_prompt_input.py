@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
+import functools
 import sys
 
+import command
 import pytest
 import tiny
 
-CODE = "import sys; from mlxq.cli import main; sys.argv[0] = 'mlxq'; main()"
-
-
-def mlxq(*arguments, stdin=b"", **env):
-    return subprocess.run(
-        [sys.executable, "-c", CODE, *map(os.fsencode, arguments)],
-        input=stdin,
-        capture_output=True,
-        check=False,
-        timeout=120,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "NO_COLOR": "1"} | env,
-    )
+mlxq = functools.partial(command.mlxq, stdin=b"")
 
 
 @pytest.fixture(scope="module")
