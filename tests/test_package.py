@@ -22,6 +22,7 @@ LAYERS = [
     "checkpoint",
     "architectures",
     "plan",
+    "calibration",
     "quantizers",
     "writers",
     "runtime",

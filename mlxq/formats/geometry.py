@@ -35,15 +35,38 @@ class BlockFormat:
 
 
 _BLOCK_FORMATS = (
-    #           name   id  block  bytes: d, m float16; qh one uint32 of high bits; qs nibbles or bytes
+    #           name      id  block  bytes
     BlockFormat("F32", 0, 1, 4),
     BlockFormat("F16", 1, 1, 2),
+    # One scale d (and offset m) of float16 for 32 codes: nibbles, a uint32 of fifth bits, or bytes.
     BlockFormat("Q4_0", 2, 32, 2 + 16),
     BlockFormat("Q4_1", 3, 32, 2 + 2 + 16),
     BlockFormat("Q5_0", 6, 32, 2 + 4 + 16),
     BlockFormat("Q5_1", 7, 32, 2 + 2 + 4 + 16),
     BlockFormat("Q8_0", 8, 32, 2 + 32),
+    # Super-blocks: d (and dmin), quantized scales (and mins) of 16 or 8 sub-blocks, codes.
+    BlockFormat("Q2_K", 10, 256, 2 + 2 + 16 + 64),
+    BlockFormat("Q3_K", 11, 256, 2 + 12 + 32 + 64),
+    BlockFormat("Q4_K", 12, 256, 2 + 2 + 12 + 128),
+    BlockFormat("Q5_K", 13, 256, 2 + 2 + 12 + 32 + 128),
+    BlockFormat("Q6_K", 14, 256, 2 + 16 + 64 + 128),
+    # Codes that index tables: of vectors (IQ1, IQ2, IQ3) or of 16 values (IQ4).
+    BlockFormat("IQ2_XXS", 16, 256, 2 + 64),
+    BlockFormat("IQ2_XS", 17, 256, 2 + 64 + 8),
+    BlockFormat("IQ3_XXS", 18, 256, 2 + 64 + 32),
+    BlockFormat("IQ1_S", 19, 256, 2 + 32 + 16),
+    BlockFormat("IQ4_NL", 20, 32, 2 + 16),
+    BlockFormat("IQ3_S", 21, 256, 2 + 64 + 8 + 32 + 4),
+    BlockFormat("IQ2_S", 22, 256, 2 + 64 + 8 + 8),
+    BlockFormat("IQ4_XS", 23, 256, 2 + 2 + 4 + 128),
+    BlockFormat("IQ1_M", 29, 256, 32 + 16 + 8),
     BlockFormat("BF16", 30, 1, 2),
+    # Ternary codes.
+    BlockFormat("TQ1_0", 34, 256, 48 + 4 + 2),
+    BlockFormat("TQ2_0", 35, 256, 64 + 2),
+    # Four-bit floats: a shared exponent for 32, or float8 scales for groups of 16.
+    BlockFormat("MXFP4", 39, 32, 1 + 16),
+    BlockFormat("NVFP4", 40, 64, 4 + 32),
 )
 #: ggml type name -> its geometry.
 BLOCK_FORMATS = {f.name: f for f in _BLOCK_FORMATS}
