@@ -18,10 +18,10 @@ from mlxq.errors import CheckpointError, OutputError, VerificationError
 from mlxq.plan.planner import Plan, PlanOptions, make_plan
 from mlxq.types import CancelToken, ProgressCallback
 from mlxq.writers import mlx as mlx_writer
+from mlxq.writers.laid_out import sha256
 from mlxq.writers.manifest import NAME as MANIFEST
 from mlxq.writers.manifest import manifest_json
 from mlxq.writers.output import OutputDirectory
-from mlxq.writers.safetensors import sha256
 from mlxq.writers.stream import WeightStream
 
 #: Room for tokenizer, configuration and manifest, beside the weights.
@@ -99,12 +99,14 @@ def convert(
         if not is_tokenizer(companions):
             raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
         stage.check_space(plan.nbytes + _OTHER_FILES)
-        weights = WeightStream(parameters, plan, progress, cancel or CancelToken())
+        target = mlx_writer.MlxTarget(parameters, plan)
+        weights = WeightStream(parameters, plan, target, progress, cancel or CancelToken())
         with stage:
             for name, content in companions.items():
                 stage.write(name, content)
             stage.write("config.json", mlx_writer.config_json(checkpoint.config, plan.tensors, plan.dtype))
             digests = weights.write(stage.stage)
+            notes = target.notes()
             verification = _verify(parameters, stage.stage, plan, progress, cancel) if verify else None
             files = digests.written | {name: sha256(stage.stage / name) for name in ("config.json", *companions)}
             stage.write(
@@ -115,11 +117,11 @@ def convert(
                     plan=plan,
                     files=dict(sorted(files.items())),
                     verification=verification.to_dict() if verification else None,
-                    notes=weights.notes,
+                    notes=notes,
                 ),
             )
             stage.commit()
-        return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(weights.notes))
+        return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))
 
 
 def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:

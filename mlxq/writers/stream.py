@@ -12,22 +12,17 @@ import threading
 from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import numpy as np
+from typing import Any, NamedTuple, Protocol
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.errors import FormatError
-from mlxq.formats import floats
 from mlxq.ops.threads import map_in_threads
 from mlxq.plan.planner import Plan
-from mlxq.quantizers import rtn
-from mlxq.types import CancelToken, Progress, ProgressCallback, QuantizedTensor, TensorPlan
-from mlxq.writers import mlx as mlx_writer
-from mlxq.writers.safetensors import HASH_PIECE, SafetensorsWriter, sha256
+from mlxq.types import CancelToken, Progress, ProgressCallback, TensorPlan
+from mlxq.writers.laid_out import HASH_PIECE, LaidOutFiles, sha256
 
 #: Weights that one thread has in hand: enough to amortize calls, few enough to stay far below a tensor.
-_CHUNK_WEIGHTS = 1 << 21
+CHUNK_WEIGHTS = 1 << 21
 #: Source bytes that all threads together may have in hand.
 _BUDGET = 256 << 20
 _MAX_THREADS = 8
@@ -53,8 +48,20 @@ class _Chunk(NamedTuple):
         return (self.rows.stop - self.rows.start) * prod(shape[1:]) if self.rows else prod(shape)
 
 
+class Target(Protocol):
+    """What a container format makes of a planned tensor."""
+
+    def open(self, directory: Path) -> LaidOutFiles:
+        """Lay the files out in `directory`."""
+
+    def parts(
+        self, plan: TensorPlan, rows: slice | None, check: Callable[[], None]
+    ) -> Iterator[tuple[str, int, memoryview]]:
+        """What is stored for these rows: name of the stored tensor, first byte in it, bytes. `check` may raise."""
+
+
 class WeightStream:
-    """Converts and writes the weights of a plan. `notes` afterwards says what rounding kept tensors cost.
+    """Converts and writes the weights of a plan.
 
     Raises (from `write`):
         FormatError: weights that are not finite, or exceed the asked dtype; the message names the tensor.
@@ -62,19 +69,24 @@ class WeightStream:
         Cancelled: through `cancel`.
     """
 
-    def __init__(self, parameters: ParameterMap, plan: Plan, progress: ProgressCallback | None, cancel: CancelToken):
+    def __init__(
+        self,
+        parameters: ParameterMap,
+        plan: Plan,
+        target: Target,
+        progress: ProgressCallback | None,
+        cancel: CancelToken,
+    ):
         self.parameters = parameters
         self.plan = plan
+        self.target = target
         self.progress = progress
         self.cancel = cancel
-        self.notes: list[str] = []
-        self._rounding: dict[str, float] = {}
-        self._lock = threading.Lock()
         self._budget = _Budget(_BUDGET)
 
     def write(self, directory: Path) -> Digests:
-        """Write the shards and their index into `directory`."""
-        writer = SafetensorsWriter(directory, [mlx_writer.entries(p) for p in self.plan.tensors])
+        """Write the target's files into `directory`."""
+        writer = self.target.open(directory)
         total = sum(p.info.nbytes for p in self.plan.tensors)
         done, source = 0, {}
         results = map_in_threads(
@@ -88,7 +100,6 @@ class WeightStream:
                         continue
                     done += outcome
                     self._report("quantize", min(done, total), total, name)
-            self._note_rounding()
             return Digests(writer.close(self._hashing()), source)
         finally:
             writer.abort()
@@ -121,11 +132,11 @@ class WeightStream:
             while digested < len(files) and done * len(files) >= digested * total:
                 yield files[digested]
                 digested += 1
-            yield from (_Chunk(p, rows) for rows in p.info.row_ranges(_CHUNK_WEIGHTS))
+            yield from (_Chunk(p, rows) for rows in p.info.row_ranges(CHUNK_WEIGHTS))
             done += p.info.size
         yield from files[digested:]
 
-    def _run(self, writer: SafetensorsWriter, work: Path | _Chunk) -> tuple[str, str | int]:
+    def _run(self, writer: LaidOutFiles, work: Path | _Chunk) -> tuple[str, str | int]:
         """Digest of a source file, or the source bytes that were converted."""
         self.cancel.check()
         if isinstance(work, Path):
@@ -133,7 +144,8 @@ class WeightStream:
         name = work.plan.info.name
         try:
             with self._budget.hold(*self._memory(work)):
-                self._convert(writer, work)
+                for stored, offset, data in self.target.parts(work.plan, work.rows, self.cancel.check):
+                    writer.write(stored, data, offset)
         except FormatError as e:
             raise FormatError(f"{name}: {e}") from e
         return name, work.plan.info.nbytes * work.size // max(work.plan.info.size, 1)
@@ -147,50 +159,6 @@ class WeightStream:
         if self.parameters.is_computed(info.name):
             return info.name, 2 * info.nbytes
         return object(), 4 * chunk.size
-
-    def _convert(self, writer: SafetensorsWriter, chunk: _Chunk) -> None:
-        plan, rows = chunk.plan, chunk.rows
-        entries = mlx_writer.entries(plan)
-        if plan.action == "repack":
-            q = self.parameters.read_quantized(plan.info.name, rows)
-            return _write(writer, entries, _parts(q), _before(entries, plan, rows))
-        w = self.parameters.read(plan.info.name, rows)
-        offsets = _before(entries, plan, rows)
-        if plan.spec is None:
-            return _write(writer, entries, [self._cast(plan, w)], offsets)
-        matrix = w.reshape(-1, w.shape[-1])
-        step = max(_CHUNK_WEIGHTS // matrix.shape[1], 1)
-        for start in range(0, len(matrix), step):
-            self.cancel.check()
-            parts = _parts(rtn.quantize(matrix[start : start + step], plan.spec, plan.dtype))
-            _write(writer, entries, parts, offsets)
-            offsets = [o + part.nbytes for o, part in zip(offsets, parts, strict=True)]
-
-    def _cast(self, plan: TensorPlan, w: np.ndarray) -> np.ndarray:
-        """A kept tensor in its stored dtype; what rounding changes is noted."""
-        if not floats.all_finite(w):
-            raise FormatError("a weight is NaN or infinite")
-        dtype = floats.dtype_of(w)
-        if dtype == plan.dtype:
-            return w
-        exact = floats.to_float32(w, dtype)
-        cast = floats.from_float32(exact, plan.dtype)
-        if not floats.all_finite(cast):
-            raise FormatError(f"the weights exceed the range of {plan.dtype}; choose another --dtype")
-        largest = np.abs(exact).max(initial=0)
-        error = np.abs(floats.to_float32(cast, plan.dtype) - exact).max(initial=0) / largest if largest else 0.0
-        with self._lock:
-            self._rounding[plan.info.name] = max(self._rounding.get(plan.info.name, 0.0), float(error))
-        return cast
-
-    def _note_rounding(self) -> None:
-        rounded = {name: error for name, error in self._rounding.items() if error}
-        if rounded:
-            worst = max(rounded, key=lambda n: rounded[n])
-            self.notes.append(
-                f"{len(rounded)} kept tensors were rounded to {self.plan.dtype}; the largest error is "
-                f"{rounded[worst]:.1e} of the tensor's maximum, in {worst}"
-            )
 
 
 class _Budget:
@@ -222,17 +190,3 @@ class _Budget:
                     del self._holders[key]
                     self._free += nbytes
                 self._changed.notify_all()
-
-
-def _before(entries: list[Any], plan: TensorPlan, rows: slice | None) -> list[int]:
-    """Bytes of each stored tensor before these rows."""
-    return [e.nbytes // plan.info.shape[0] * rows.start if rows else 0 for e in entries]
-
-
-def _parts(q: QuantizedTensor) -> list[np.ndarray]:
-    return [np.ascontiguousarray(a) for a in (q.w_q, q.scales, q.biases)]
-
-
-def _write(writer: SafetensorsWriter, entries: list[Any], parts: list[np.ndarray], offsets: list[int]) -> None:
-    for entry, part, offset in zip(entries, parts, offsets, strict=True):
-        writer.write(entry.name, part.data, offset)

@@ -13,7 +13,8 @@ from safetensors import safe_open
 
 from mlxq.errors import Cancelled, CheckpointError, OutputError
 from mlxq.writers import files
-from mlxq.writers.safetensors import Entry, SafetensorsWriter, sha256
+from mlxq.writers.laid_out import sha256
+from mlxq.writers.safetensors import Entry, SafetensorsWriter
 
 ENTRY = Entry("a", "F32", (4,))
 

@@ -11,7 +11,7 @@ from mlxq.writers import stream
 
 
 def rows_of(*shape):
-    return list(TensorInfo("t", shape, "BF16", 2).row_ranges(stream._CHUNK_WEIGHTS))
+    return list(TensorInfo("t", shape, "BF16", 2).row_ranges(stream.CHUNK_WEIGHTS))
 
 
 @pytest.mark.parametrize("shape", [(5,), (100_000, 768), (8, 1024, 4096), (3, 2, 64), (1, 1 << 23)])
@@ -20,7 +20,7 @@ def test_chunks_cover_every_row_once_and_stay_small(shape):
     assert [r.start for r in rows] == [0, *[r.stop for r in rows[:-1]]]
     assert rows[-1].stop == shape[0]
     one_row = math.prod(shape[1:])
-    assert all((r.stop - r.start) * one_row <= max(stream._CHUNK_WEIGHTS, one_row) for r in rows)
+    assert all((r.stop - r.start) * one_row <= max(stream.CHUNK_WEIGHTS, one_row) for r in rows)
 
 
 def test_a_scalar_is_one_chunk():
