@@ -72,8 +72,8 @@ class TensorInfo:
 class TensorPlan:
     """What happens to one tensor, and why.
 
-    `dtype` (`F32`, `F16`, `BF16`) is the stored float type: of the whole tensor when kept, of its scales and
-    biases when quantized.
+    `spec` is the affine grid it gets in an MLX directory, else None. `dtype` is what is stored: with a spec the float
+    type of scales and biases; without, the float type of the tensor, or in a GGUF file its ggml type.
     """
 
     info: TensorInfo

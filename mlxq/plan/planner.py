@@ -92,7 +92,8 @@ class Plan:
 def planned_bytes(plan: TensorPlan) -> int:
     """Bytes that a planned tensor takes in the result."""
     if plan.spec is None:
-        return plan.info.size * FLOAT_BYTES[plan.dtype]
+        stored = geometry.block_format(plan.dtype)
+        return plan.info.size // stored.block_size * stored.type_size
     return geometry.affine_bytes(plan.info.shape, plan.spec, plan.dtype)
 
 
