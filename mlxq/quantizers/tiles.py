@@ -1,0 +1,162 @@
+"""Weights laid out for searches over many small groups: one column a group, so that every step is a long loop.
+
+A tile holds `n` blocks of `n_groups` groups of `group` weights as `x[group, n_groups, n]`: weight `i` of group `j` of
+every block lies in one contiguous row, and what belongs to a group is an array `[n_groups, n]`. A search asks a tile
+only for what touches every weight: codes by rounding (`round`) and their sums (`moments`). With the sums, scale, offset
+and error of a group are closed forms on small arrays, written once over `tile.xp`, which is `numpy` or `mlx.core`.
+
+NumPy tiles are of a size that stays in the second-level cache and reuse their buffers; mlx tiles are lazy and large.
+The mlx tile has not run on a Mac.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+#: Weights of a tile: four float32 arrays of it are 1 MiB, and its rows are long enough to hide NumPy's cost per call.
+NUMPY_TILE = 1 << 16
+#: On a GPU the arrays of a tile only have to fit in memory.
+MLX_TILE = 1 << 23
+
+
+class NumpyTile:
+    """`x` float32 `[group, n_groups, n]` and its importance `w`, of the same shape or None for all ones."""
+
+    xp = np
+
+    def __init__(self, x: np.ndarray, w: np.ndarray | None, wx: np.ndarray, q: np.ndarray) -> None:
+        self.x, self.w = x, w
+        self._wx, self._q = wx, q
+        if w is not None:
+            np.multiply(w, x, out=wx)
+
+    def shift(self, by: np.ndarray) -> None:
+        """Subtract `by` `[n_groups, n]` from the weights of each group."""
+        self.x -= by
+        if self.w is not None:
+            np.multiply(self.w, self.x, out=self._wx)
+
+    def round(self, inverse: np.ndarray, offset: np.ndarray | None, low: int, high: int) -> np.ndarray:
+        """`x * inverse + offset` to the nearest integer (ties to even) between `low` and `high`.
+
+        Args:
+            inverse, offset: float32 `[n_groups, n]`.
+
+        Returns:
+            float32 `[group, n_groups, n]`, good until the next call.
+        """
+        q = self._q
+        np.multiply(self.x, inverse, out=q)
+        if offset is not None:
+            q += offset
+        np.rint(q, out=q)
+        np.clip(q, low, high, out=q)
+        return q
+
+    def moments(self, q: np.ndarray) -> np.ndarray:
+        """The sums of `w q`, `w q^2` and `w q x` over each group, float32 `[3, n_groups, n]`."""
+        flat = (q.shape[0], -1)
+        q, w, wx = q.reshape(flat), self.w, self._wx.reshape(flat)
+        out = np.empty((3, q.shape[1]), np.float32)
+        if w is None:
+            np.add.reduce(q, axis=0, out=out[0])
+            np.einsum("ij,ij->j", q, q, out=out[1])
+        else:
+            w = w.reshape(flat)
+            np.einsum("ij,ij->j", w, q, out=out[0])
+            np.einsum("ij,ij,ij->j", w, q, q, out=out[1])
+        np.einsum("ij,ij->j", wx, q, out=out[2])
+        return out.reshape(3, *self.x.shape[1:])
+
+    def weight_sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """The sums of `w` and `w x` over each group, float32 `[n_groups, n]`."""
+        total = np.full(self.x.shape[1:], self.x.shape[0], np.float32) if self.w is None else self.w.sum(axis=0)
+        return total, self._wx.sum(axis=0)
+
+
+class MlxTile:
+    """`NumpyTile` in mlx arrays: lazy, nothing computed in place."""
+
+    def __init__(self, x: Any, w: Any | None) -> None:
+        import mlx.core as mx
+
+        self.xp = mx
+        self.x, self.w = x, w
+        self._wx = x if w is None else w * x
+
+    def shift(self, by: Any) -> None:
+        self.x = self.x - by
+        self._wx = self.x if self.w is None else self.w * self.x
+
+    def round(self, inverse: Any, offset: Any | None, low: int, high: int) -> Any:
+        scaled = self.x * inverse
+        if offset is not None:
+            scaled = scaled + offset
+        return self.xp.clip(self.xp.round(scaled), low, high)
+
+    def moments(self, q: Any) -> Any:
+        wq = q if self.w is None else self.w * q
+        return self.xp.stack([wq.sum(axis=0), (wq * q).sum(axis=0), (self._wx * q).sum(axis=0)])
+
+    def weight_sums(self) -> tuple[Any, Any]:
+        mx = self.xp
+        total = mx.full(self.x.shape[1:], self.x.shape[0], mx.float32) if self.w is None else self.w.sum(axis=0)
+        return total, self._wx.sum(axis=0)
+
+
+def numpy_tiles(
+    w: np.ndarray, group: int, n_groups: int, importance: np.ndarray | None
+) -> Iterator[tuple[slice, NumpyTile]]:
+    """Tiles that cover `w`, whole rows each; a tile is good until the next one.
+
+    Args:
+        w: float32 `[N, K]`, contiguous, `K` a multiple of `group * n_groups`.
+        importance: float32 `[K]`, or None.
+
+    Yields:
+        the range of blocks (`group * n_groups` weights each, row after row), and their tile.
+    """
+    N, K = w.shape
+    per_row = K // (group * n_groups)
+    rows = min(max(NUMPY_TILE // max(K, 1), 1), max(N, 1))
+    full = (group, n_groups, rows * per_row)
+    x, q = np.empty(full, np.float32), np.empty(full, np.float32)
+    weights, wx = None, x
+    if importance is not None:
+        weights, wx = _spread(importance, group, n_groups, rows), np.empty(full, np.float32)
+    for start in range(0, N, rows):
+        part = w[start : start + rows]
+        n = part.shape[0] * per_row
+        if n < x.shape[2]:
+            # The last tile is narrower: contiguous views of the same memory.
+            x, q, wx = (a.reshape(-1)[: group * n_groups * n].reshape(group, n_groups, n) for a in (x, q, wx))
+            wx = x if weights is None else wx
+            weights = None if weights is None else np.ascontiguousarray(weights[:, :, :n])
+        np.copyto(x, part.reshape(n, n_groups, group).transpose(2, 1, 0))
+        yield slice(start * per_row, start * per_row + n), NumpyTile(x, weights, wx, q)
+
+
+def mlx_tiles(w: np.ndarray, group: int, n_groups: int, importance: np.ndarray | None) -> Iterator[tuple[slice, Any]]:
+    """`numpy_tiles` for mlx: the same arguments, larger tiles."""
+    import mlx.core as mx
+
+    N, K = w.shape
+    per_row = K // (group * n_groups)
+    rows = max(MLX_TILE // max(K, 1), 1)
+    for start in range(0, N, rows):
+        part = w[start : start + rows]
+        n = part.shape[0] * per_row
+        x = mx.array(part).reshape(n, n_groups, group).transpose(2, 1, 0)
+        weights = None if importance is None else mx.array(_spread(importance, group, n_groups, part.shape[0]))
+        yield slice(start * per_row, start * per_row + n), MlxTile(x, weights)
+
+
+def _spread(importance: np.ndarray, group: int, n_groups: int, rows: int) -> np.ndarray:
+    """Importance `[K]` of one row as a tile `[group, n_groups, rows * K // (group * n_groups)]`."""
+    row = importance.reshape(-1, n_groups, group).transpose(2, 1, 0)
+    return np.ascontiguousarray(np.broadcast_to(row[:, :, None], (group, n_groups, rows, row.shape[2]))).reshape(
+        group, n_groups, -1
+    )
