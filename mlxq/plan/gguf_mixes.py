@@ -1,4 +1,4 @@
-"""The ggml type of each tensor of a GGUF file: llama.cpp's file types ("mixes"), its exceptions and its fallbacks. Pure.
+"""The ggml type of each tensor of a GGUF file: llama.cpp's file types ("mixes") and fallbacks. Pure.
 
 A file type such as `Q4_K_M` names a base type and gives more bits to the tensors whose errors cost most. The choices
 are those of llama.cpp b9190 and later (source: `llama_tensor_get_type` and `tensor_allows_quantization` in
@@ -224,12 +224,7 @@ class _Chooser:
         role = _role(tensor)
         if tensor in _EMBEDDINGS or role is None:
             return base
-        found = {
-            "attn_v": self._attn_v,
-            "attn_k": self._attn_k,
-            "attn_output": self._attn_output,
-            "ffn_down": self._ffn_down,
-        }[role](tensor)
+        found = getattr(self, f"_{role}")(tensor)
         return (found[0], f"{self.name}: {role}{found[1]}") if found else base
 
     def _output(self, K: int, what: str) -> tuple[str, str]:

@@ -158,7 +158,7 @@ def test_more_bits():
 
 def test_bits_per_weight_grow_along_the_mixes():
     model, shapes = MODELS["32 layers"]
-    order = "Q2_K Q3_K_S Q3_K_M Q3_K_L Q4_K_S Q4_K_M Q5_K_S Q5_K_M Q6_K Q8_0 F16 F32".split()
+    order = ["Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0", "F16", "F32"]
     sizes = [bpw(gguf_types(shapes, name, model)) for name in order]
     assert all(a < b for a, b in pairwise(sizes))
     # 12 F32 values beside each 16 rows of matrices: exact arithmetic of one file.
