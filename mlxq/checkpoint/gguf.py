@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +14,7 @@ from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import normalize
 from mlxq.checkpoint.gguf_file import GgufFile, GgufTensor
 from mlxq.checkpoint.gguf_metadata import Metadata
-from mlxq.checkpoint.gguf_names import MappedTensor, architecture, map_name
+from mlxq.checkpoint.gguf_names import MappedTensor, architecture, map_name, unpermuted_rows
 from mlxq.checkpoint.gguf_tokenizer import build_tokenizer_files
 from mlxq.errors import CheckpointError, FormatError
 from mlxq.formats import ggml
@@ -58,7 +59,8 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(
                 f"{self.path}: one of {parts} parts of a split GGUF: join them with `llama-gguf-split --merge`"
             )
-        self._arch = architecture(values.get("general.architecture"), self.path)
+        name = values.get("general.architecture")
+        self._arch = architecture(name, self.path, experts=_has_experts(values, name))
         if not metadata_only:
             self._check_types()
         self.metadata = Metadata(self.path, values)
@@ -109,7 +111,7 @@ class GgufCheckpoint(Checkpoint):
         return "lm_head.weight" not in self.tensors
 
     def _dtype(self) -> str:
-        embedding = self.tensors["model.embed_tokens.weight"].dtype
+        embedding = self.tensors[f"{self._arch.top['token_embd']}.weight"].dtype
         return {"F32": "float32", "BF16": "bfloat16"}.get(embedding, self._arch.dtype)
 
     def _read_rope(self, name: str) -> np.ndarray | None:
@@ -120,16 +122,12 @@ class GgufCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path}: {name} is {tensor.type_name}, expected a float type")
         return ggml.dequantize(self._file.read_bytes(tensor.offset, tensor.nbytes), tensor.type_name)
 
-    def _heads(self, name: str) -> int:
-        key = "num_key_value_heads" if ".k_proj." in name else "num_attention_heads"
-        return self.config[key]
-
     def _check_permuted(self) -> None:
-        for name, (tensor, mapped) in self._sources.items():
-            if mapped.permuted and tensor.shape[0] % (2 * self._heads(name)):
+        for tensor, mapped in self._sources.values():
+            if mapped.permuted and tensor.shape[0] % (2 * self.config[mapped.heads]):
                 raise CheckpointError(
                     f"{self.path}: tensor {tensor.name!r} has {tensor.shape[0]} rows, which do not divide into "
-                    f"{self._heads(name)} heads of even size"
+                    f"{self.config[mapped.heads]} heads of even size"
                 )
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
@@ -178,7 +176,7 @@ class GgufCheckpoint(Checkpoint):
         if not mapped.permuted:
             data = self._file.read_bytes(tensor.offset + start * step, (stop - start) * step)
             return data.reshape(-1, width)
-        head_dim = tensor.shape[0] // self._heads(name)
+        head_dim = tensor.shape[0] // self.config[mapped.heads]
         order = unpermuted_rows(start, stop, head_dim)
         first, last = start // head_dim * head_dim, -(-stop // head_dim) * head_dim
         data = self._file.read_bytes(tensor.offset + first * step, (last - first) * step)
@@ -199,16 +197,9 @@ class GgufCheckpoint(Checkpoint):
         self._file.close()
 
 
-def unpermuted_rows(start: int, stop: int, head_dim: int) -> np.ndarray:
-    """Rows of a GGUF q or k tensor that are rows `start` to `stop` of the Hugging Face one.
-
-    Converters store each head's rows as pairs `(j, j + head_dim / 2)` one after another; Hugging Face has the first
-    halves of all pairs, then the second (source: `LlamaModel.permute` in llama.cpp's converter).
-    """
-    r = np.arange(start, stop)
-    head, within = np.divmod(r, head_dim)
-    half, pair = np.divmod(within, head_dim // 2)
-    return head * head_dim + 2 * pair + half
+def _has_experts(values: dict[str, Any], arch: object) -> bool:
+    count = values.get(f"{arch}.expert_count", 0)
+    return isinstance(count, int) and count > 0
 
 
 def _range(name: str, rows: slice | None, n: int) -> tuple[int, int]:

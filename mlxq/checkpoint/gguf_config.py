@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxq.checkpoint.gguf_fields import ACTIVATIONS, BIASED, BUILT_IN, FIELDS, YARN_KEYS, Field
 from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_names import GgufArchitecture
 from mlxq.errors import CheckpointError
@@ -37,6 +38,8 @@ END_TEXTS = frozenset(
     }
 )
 CONTROL = 3
+#: Of Gemma 3: one layer in so many attends to everything.
+SLIDING_PATTERN = 6
 #: Context lengths that models were trained at before their rotary frequencies were rescaled.
 _TRAINED_CONTEXTS = (8192, 4096, 2048, 16384, 32768, 65536, 131072)
 
@@ -52,54 +55,117 @@ def build_config(
     Args:
         metadata: of the file.
         arch: its mapping.
-        shapes: Hugging Face tensor name -> shape.
+        shapes: parameter name -> shape.
         tied: the output shares the embedding.
         read_rope: gives the values of a rotary tensor.
 
     Raises:
         CheckpointError: a key is missing or has an impossible value, or the rotary scaling cannot be expressed.
     """
-    if metadata.has("expert_count"):
-        raise CheckpointError(f"{metadata.path}: mixtures of experts in GGUF are not supported yet")
-    embedding = shapes.get("model.embed_tokens.weight")
+    embedding = shapes.get(f"{arch.top['token_embd']}.weight")
     if embedding is None or len(embedding) != 2:
         raise CheckpointError(f"{metadata.path}: the tensor token_embd.weight is missing or has no rows")
-    hidden, heads = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
-    head_dim = metadata.integer("attention.key_length", max(hidden // heads, 1))
-    if metadata.integer("attention.value_length", head_dim) != head_dim:
-        raise CheckpointError(f"{metadata.path}: attention.key_length and attention.value_length differ")
-    n_layers = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")})
-    if metadata.integer("block_count") != n_layers:
-        raise CheckpointError(
-            f"{metadata.path}: {metadata.arch}.block_count is {metadata.integer('block_count')}, but the file has "
-            f"tensors of {n_layers} blocks"
-        )
     config: dict[str, Any] = {
         "architectures": [arch.model_class],
         "model_type": arch.model_type,
         "vocab_size": embedding[0],
-        "hidden_size": hidden,
-        "intermediate_size": metadata.integer("feed_forward_length"),
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": metadata.integer("attention.head_count_kv", heads),
-        "head_dim": head_dim,
-        "max_position_embeddings": metadata.integer("context_length"),
-        "rms_norm_eps": metadata.positive("attention.layer_norm_rms_epsilon", 1e-6),
-        "rope_theta": metadata.positive("rope.freq_base", 10000.0),
         "tie_word_embeddings": tied,
-        "hidden_act": "gelu_pytorch_tanh" if arch.model_type.startswith("gemma") else "silu",
     }
-    _RULES.get(metadata.arch, _no_rules)(metadata, config, shapes)
-    scaling = _rope_scaling(metadata, config, read_rope)
-    if scaling is not None:
-        config["rope_scaling"] = scaling
+    for field in FIELDS[arch.model_type]:
+        value = _value(metadata, field, config)
+        if value is not None:
+            config[field.name] = value
+    for name in arch.biases:
+        config[name] = f"{arch.layers}.0.{BIASED[name]}.bias" in shapes
+    config |= BUILT_IN.get(arch.model_type, {})
+    layers = _count_layers(metadata, arch, shapes)
+    _RULES.get(arch.model_type, _transformer_rules)(metadata, config, layers)
+    if arch.rope_tensors:
+        scaling = _rope_scaling(metadata, config, read_rope)
+        if scaling is not None:
+            config["rope_scaling"] = scaling
     for name in ("bos", "eos"):
         config[f"{name}_token_id"] = metadata.token_id(name, embedding[0])
     pad = metadata.token_id("padding", embedding[0])
     if pad is not None:
         config["pad_token_id"] = pad
     return config
+
+
+def _value(metadata: Metadata, field: Field, config: dict[str, Any]) -> int | float | None:
+    """A field's number, or what its absence means; None for an optional one."""
+    if field.optional and not metadata.has(field.key):
+        return None
+    absent = config[field.absent] if isinstance(field.absent, str) else field.absent
+    if field.kind == "uint32":
+        return metadata.integer(field.key, absent)
+    return metadata.positive(field.key, absent)
+
+
+def _count_layers(metadata: Metadata, arch: GgufArchitecture, shapes: dict[str, tuple[int, ...]]) -> int:
+    start = arch.layers + "."
+    n_layers = len({name[len(start) :].split(".")[0] for name in shapes if name.startswith(start)})
+    if metadata.integer("block_count") != n_layers:
+        raise CheckpointError(
+            f"{metadata.path}: {metadata.arch}.block_count is {metadata.integer('block_count')}, but the file has "
+            f"tensors of {n_layers} blocks"
+        )
+    return n_layers
+
+
+def _transformer_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
+    config["num_hidden_layers"] = layers
+    head_dim = metadata.integer("attention.key_length", max(config["hidden_size"] // config["num_attention_heads"], 1))
+    if metadata.integer("attention.value_length", head_dim) != head_dim:
+        raise CheckpointError(f"{metadata.path}: attention.key_length and attention.value_length differ")
+    config["head_dim"] = head_dim
+    config["hidden_act"] = ACTIVATIONS.get(config["model_type"], "silu")
+
+
+def _gemma2_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
+    _transformer_rules(metadata, config, layers)
+    config["query_pre_attn_scalar"] = query_scalar(config)
+
+
+def _gemma3_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
+    _gemma2_rules(metadata, config, layers)
+    config["sliding_window_pattern"] = metadata.integer("attention.sliding_window_pattern", SLIDING_PATTERN)
+
+
+def query_scalar(config: dict[str, Any]) -> int:
+    """What llama.cpp scales Gemma's queries by: the head size, but for the largest model of each generation.
+
+    Those divide the hidden size by the heads, and llama.cpp knows them by their number of layers (source:
+    `load_arch_hparams` of gemma2 and gemma3).
+    """
+    if config["num_hidden_layers"] == {"gemma2": 46, "gemma3_text": 62}[config["model_type"]]:
+        return config["hidden_size"] // config["num_attention_heads"]
+    return config["head_dim"]
+
+
+def _phi3_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
+    _transformer_rules(metadata, config, layers)
+    config["partial_rotary_factor"] = metadata.integer("rope.dimension_count", config["head_dim"]) / config["head_dim"]
+
+
+def _gpt2_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
+    config["n_layer"] = layers
+    config["n_ctx"] = config["n_positions"]
+    inner = metadata.integer("feed_forward_length", 4 * config["n_embd"])
+    if inner != 4 * config["n_embd"]:
+        raise CheckpointError(
+            f"{metadata.path}: gpt2.feed_forward_length is {inner}, but mlx-lm's gpt2 always has four times the"
+            f" embedding length, {4 * config['n_embd']}"
+        )
+    config["activation_function"] = "gelu_new"
+
+
+_RULES = {
+    "gemma2": _gemma2_rules,
+    "gemma3_text": _gemma3_rules,
+    "phi3": _phi3_rules,
+    "gpt2": _gpt2_rules,
+}
 
 
 def build_generation_config(metadata: Metadata, vocab_size: int) -> dict[str, Any]:
@@ -125,55 +191,6 @@ def build_generation_config(metadata: Metadata, vocab_size: int) -> dict[str, An
     return config
 
 
-def _no_rules(metadata: Metadata, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    pass
-
-
-def _llama_rules(metadata: Metadata, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
-    config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in shapes
-
-
-def _gemma2_rules(metadata: Metadata, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    config["attn_logit_softcapping"] = metadata.number("attn_logit_softcapping", 50.0)
-    config["final_logit_softcapping"] = metadata.number("final_logit_softcapping", 30.0)
-    config["sliding_window"] = metadata.integer("attention.sliding_window", 4096)
-    # The largest model alone divides by hidden size over heads; llama.cpp knows it by its number of layers.
-    config["query_pre_attn_scalar"] = _query_scalar(config, largest=46)
-
-
-def _gemma3_rules(metadata: Metadata, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    config["sliding_window"] = metadata.integer("attention.sliding_window")
-    config["sliding_window_pattern"] = 6
-    config["rope_theta"] = metadata.positive("rope.freq_base", 1000000.0)
-    config["rope_local_base_freq"] = metadata.positive("rope.freq_base_swa", 10000.0)
-    config["query_pre_attn_scalar"] = _query_scalar(config, largest=62)
-
-
-def _query_scalar(config: dict[str, Any], largest: int) -> int:
-    if config["num_hidden_layers"] == largest:
-        return config["hidden_size"] // config["num_attention_heads"]
-    return config["head_dim"]
-
-
-def _phi3_rules(metadata: Metadata, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
-    rotated = metadata.integer("rope.dimension_count", config["head_dim"])
-    config["partial_rotary_factor"] = rotated / config["head_dim"]
-    config["original_max_position_embeddings"] = metadata.integer(
-        "rope.scaling.original_context_length", config["max_position_embeddings"]
-    )
-    if metadata.has("attention.sliding_window"):
-        config["sliding_window"] = metadata.integer("attention.sliding_window")
-
-
-_RULES = {
-    "llama": _llama_rules,
-    "gemma2": _gemma2_rules,
-    "gemma3": _gemma3_rules,
-    "phi3": _phi3_rules,
-}
-
-
 def _rope_scaling(metadata: Metadata, config: dict[str, Any], read_rope: ReadRope) -> dict[str, Any] | None:
     """`rope_scaling` from the scaling keys and the rotary tensors. Both `type` and `rope_type` spell its kind."""
     rotated = metadata.integer("rope.dimension_count", config["head_dim"])
@@ -197,7 +214,8 @@ def _rope_scaling(metadata: Metadata, config: dict[str, Any], read_rope: ReadRop
         return _kind("linear", factor=factor) if factor != 1.0 else None
     if kind == "yarn":
         original = metadata.integer("rope.scaling.original_context_length", config["max_position_embeddings"])
-        return _kind("yarn", factor=factor, original_max_position_embeddings=original)
+        more = {name: metadata.positive(key, None) for name, key in YARN_KEYS.items() if metadata.has(key)}
+        return _kind("yarn", factor=factor, original_max_position_embeddings=original, **more)
     if kind != "none":
         raise CheckpointError(
             f"{metadata.path}: rope scaling {kind!r} is not supported for {metadata.arch}; "
@@ -217,7 +235,7 @@ def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> 
         wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(half) / half)
         factor = float(str(np.float32(factors.max())))
         for original in _TRAINED_CONTEXTS:
-            expected = _llama3_divisors(wavelengths, factor, original)
+            expected = llama3_divisors(wavelengths, factor, original)
             # float32 arithmetic of the converter: a few roundings of 6e-8 each.
             if np.allclose(factors, expected, rtol=1e-5, atol=0):
                 return _kind(
@@ -233,8 +251,13 @@ def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> 
     )
 
 
-def _llama3_divisors(wavelengths: np.ndarray, factor: float, original: int) -> np.ndarray:
-    low, high = 1.0, 4.0
+def llama3_divisors(
+    wavelengths: np.ndarray, factor: float, original: float, low: float = 1.0, high: float = 4.0
+) -> np.ndarray:
+    """What Llama 3 divides the frequencies of these `wavelengths` (in positions) by.
+
+    Source: `transformers.modeling_rope_utils._compute_llama3_parameters`.
+    """
     smooth = (original / wavelengths - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
     return np.where(wavelengths < original / high, 1.0, np.where(wavelengths > original / low, factor, between))

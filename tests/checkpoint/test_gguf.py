@@ -350,7 +350,7 @@ def test_rope_scaling_keys(tmp_path, numbers, expected):
     ("numbers", "message"),
     [
         ({"llama__rope__scaling__type": "magic"}, "rope scaling 'magic' is not supported for llama"),
-        ({"llama__expert_count": 8}, "mixtures of experts in GGUF are not supported yet"),
+        ({"llama__expert_count": 8}, "tensor 'blk.0.ffn_gate.weight' is unknown to the architecture 'llama'"),
         ({"llama__attention__key_length": 0}, "llama.attention.key_length is 0, expected a positive integer"),
         ({"llama__attention__key_length": 32}, "rope.dimension_count is 16 of a head of 32: partial rotation"),
         ({"split__count": 3}, "one of 3 parts of a split GGUF"),
@@ -410,7 +410,7 @@ def test_missing_key_is_named(tmp_path):
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
     add_tensor(writer, "token_embd.weight", np.zeros((VOCAB, HIDDEN), np.float32))
     finish(writer)
-    with pytest.raises(CheckpointError, match=r"the metadata lacks llama.embedding_length"):
+    with pytest.raises(CheckpointError, match=r"the metadata lacks llama.context_length"):
         GgufCheckpoint(tmp_path / "m.gguf")
 
 
