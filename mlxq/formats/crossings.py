@@ -131,7 +131,7 @@ def _super_blocks(codes: np.ndarray, s: np.ndarray, b: np.ndarray, name: str) ->
 
 
 def _factor(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
-    """`d` float16 `[n]` and integers 0..63 uint8 `[n, 8]` with `d * integers` equal to `values`; None if there are none.
+    """`d` float16 `[n]` and integers 0..63 uint8 `[n, 8]` with `d * integers` equal to `values`, or None.
 
     The greatest common divisor of the eight is the largest `d`; where it has more bits than a float16, a part of it.
     """

@@ -1,0 +1,121 @@
+"""What a GGUF file will hold of each tensor: a file type's choice, or what the source holds already. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mlxq.errors import PlanError
+from mlxq.plan.gguf_mixes import GgufModel, file_type, gguf_types, stays_float
+from mlxq.plan.gguf_overrides import Overrides
+from mlxq.plan.planner import Plan
+from mlxq.types import FLOAT_BYTES, TensorInfo, TensorPlan
+
+#: File type of a float model when none is asked for: the usual compromise.
+DEFAULT_FILE_TYPE = "Q4_K_M"
+#: Type for codes of these bits where no block type holds their grid exactly, and whether the codes stay.
+_NEAREST = {2: ("Q4_1", True), 3: ("Q4_1", True), 4: ("Q4_1", True), 5: ("Q5_1", True), 6: ("Q8_0", False)}
+_NEAREST |= {8: ("Q8_0", False)}
+
+
+@dataclass(frozen=True)
+class GgufOptions:
+    """What a person asked for.
+
+    `file_type` None means: as the source holds it, or for a float source `DEFAULT_FILE_TYPE`. `tensor_types` are
+    `REGEX=TYPE`, searched in the GGUF names. `exact` refuses whatever changes a decoded weight.
+
+    Raises:
+        PlanError: an unknown file type.
+    """
+
+    file_type: str | None = None
+    tensor_types: tuple[str, ...] = ()
+    exact: bool = False
+
+    def __post_init__(self) -> None:
+        if self.file_type is not None:
+            object.__setattr__(self, "file_type", file_type(self.file_type)[0])
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """A tensor before anything is decided: its name in the file, and the block types that hold its codes exactly."""
+
+    info: TensorInfo
+    name: str
+    exact_types: tuple[str, ...] = ()
+
+
+def make_gguf_plan(
+    sources: Sequence[GgufSource],
+    options: GgufOptions,
+    model: GgufModel,
+    *,
+    has_imatrix: bool = False,
+    dropped: tuple[str, ...] = (),
+) -> Plan:
+    """Decide for every tensor; `TensorPlan.dtype` is its ggml type, `Plan.dtype` the file type or `as stored`.
+
+    Raises:
+        PlanError: patterns that match nothing, a file type that needs an importance matrix, or with `exact` the first
+            tensor that would change.
+    """
+    wanted = options.file_type
+    if wanted is None and not any(_is_quantized(s.info) for s in sources):
+        wanted = DEFAULT_FILE_TYPE
+    if wanted is None:
+        overrides = Overrides(options.tensor_types)
+        plans = [_as_stored(s, overrides) for s in sources]
+        overrides.refuse_unmatched()
+    else:
+        shapes = [(s.name, s.info.shape) for s in sources]
+        chosen = gguf_types(shapes, wanted, model, has_imatrix=has_imatrix, overrides=options.tensor_types)
+        plans = [_plan(s, c.type_name, c.reason) for s, c in zip(sources, chosen, strict=True)]
+    if options.exact:
+        _refuse_lossy(sources, plans)
+    return Plan(tuple(plans), wanted or "as stored", dropped)
+
+
+def _is_quantized(info: TensorInfo) -> bool:
+    return info.spec is not None or info.dtype not in FLOAT_BYTES
+
+
+def _as_stored(source: GgufSource, overrides: Overrides) -> TensorPlan:
+    info = source.info
+    kept = stays_float(source.name, info.shape)
+    asked = overrides.find(source.name, kept)
+    if kept is not None:
+        return _plan(source, "F32", kept)
+    if asked is not None:
+        return _plan(source, *asked)
+    if info.dtype != "AFFINE":
+        return _plan(source, info.dtype, "as in the source")
+    if source.exact_types:
+        return _plan(source, source.exact_types[0], f"holds the {info.spec} codes exactly")
+    name, _ = _NEAREST[info.spec.bits]
+    return _plan(source, name, f"no ggml type holds this {info.spec} grid exactly")
+
+
+def _plan(source: GgufSource, type_name: str, reason: str) -> TensorPlan:
+    info = source.info
+    if info.dtype in FLOAT_BYTES:
+        return TensorPlan(info, "keep" if type_name in FLOAT_BYTES else "quantize", None, type_name, reason)
+    if info.dtype == type_name:
+        return TensorPlan(info, "repack", None, type_name, f"{reason}; blocks as in the source")
+    if type_name in source.exact_types:
+        return TensorPlan(info, "repack", None, type_name, f"{reason}; codes as in the source")
+    if info.spec is not None and _NEAREST[info.spec.bits] == (type_name, True):
+        return TensorPlan(info, "repack", None, type_name, f"{reason}; codes as in the source, scales in float16")
+    action = "keep" if type_name in FLOAT_BYTES else "requantize"
+    return TensorPlan(info, action, None, type_name, f"{reason} (source: {info.spec or info.dtype})")
+
+
+def _refuse_lossy(sources: Sequence[GgufSource], plans: Sequence[TensorPlan]) -> None:
+    for source, plan in zip(sources, plans, strict=True):
+        if plan.action in ("quantize", "requantize"):
+            what = source.info.spec or source.info.dtype
+            raise PlanError(
+                f"--exact: {source.name} would change: {what} becomes {plan.dtype}; --tensor-type "
+                f"'{source.name.removesuffix('.weight')}=F32' keeps its values"
+            )
