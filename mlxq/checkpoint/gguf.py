@@ -101,7 +101,7 @@ class GgufCheckpoint(Checkpoint):
             dtype=tensor.type_name,
             nbytes=tensor.nbytes,
             spec=spec,
-            scales_dtype="F16" if spec else None,
+            scales_dtype=ggml.affine_scales_dtype(tensor.type_name),
         )
 
     def _tie(self) -> bool:
@@ -155,6 +155,10 @@ class GgufCheckpoint(Checkpoint):
         parts = {k: getattr(quantized, k) for k in ("w_q", "scales", "biases")}
         parts = {k: a.reshape(*lead, a.shape[-1]) for k, a in parts.items()}
         return replace(quantized, **parts, shape=(parts["w_q"].shape[0], *tensor.shape[1:]))
+
+    def read_blocks(self, name: str, rows: slice | None = None) -> np.ndarray:
+        tensor, mapped = self._source(name)
+        return self._rows(name, tensor, mapped, rows).reshape(-1, *tensor.shape[1:-1], tensor.row_bytes)
 
     def _source(self, name: str) -> tuple[GgufTensor, MappedTensor]:
         if name not in self.tensors:
@@ -217,8 +221,7 @@ def _stored(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _unreadable(tensor: GgufTensor) -> str:
-    family = "K-quants are" if tensor.type_name.endswith("_K") else f"{tensor.type_name} is"
     return (
-        f"tensor {tensor.name!r} is {tensor.type_name}: {family} not supported yet; "
-        f"supported are {', '.join(ggml.READABLE)}"
+        f"tensor {tensor.name!r} is {tensor.type_name}, which is no format of weights that can be decoded; those that "
+        f"can are {', '.join(ggml.READABLE)}"
     )

@@ -1,8 +1,10 @@
 """ggml block formats: what their bytes mean, decoded to float32 and moved to MLX's affine grid without loss.
 
-One block holds 32 weights. `d` and `m` are little-endian float16; byte `i` of `qs` holds the low four bits of weight
-`i` in its low nibble and of weight `i + 16` in its high nibble; bit `j` of the little-endian uint32 `qh` is the fifth
-bit of weight `j` (source: `ggml/src/ggml-common.h` and `ggml-quants.c`, dequantize_row_*):
+`dequantize` decodes every type of `geometry.BLOCK_FORMATS`. Super-blocks are in `kquants`, the others in `iq4`,
+`iquants`, `fp4` and `ternary`; here are the floats, and the types whose block is 32 weights under one scale. Their `d`
+and `m` are little-endian float16; byte `i` of `qs` holds the low four bits of weight `i` in its low nibble and of
+weight `i + 16` in its high nibble; bit `j` of the little-endian uint32 `qh` is the fifth bit of weight `j` (source:
+`ggml/src/ggml-common.h` and `ggml-quants.c`, dequantize_row_*):
 
              byte 0   1    2   3    4 ...
     Q4_0     |  d    |  qs, 16 bytes                                     |   w = d * (q - 8)
@@ -15,31 +17,44 @@ bit of weight `j` (source: `ggml/src/ggml-common.h` and `ggml-quants.c`, dequant
 
 F32, F16 and BF16 are arrays of their elements. All arithmetic is float32.
 
-The affine grid of the same weights, group 32, float16 scales and biases (`w_hat = scales * q + biases`):
+Some types are an affine grid (`w_hat = scales * q + biases`) of the same weights; `v` is a value of a table, `sc` and
+`m` scale and min of a sub-block. The float type is the smallest that holds all scales and biases of the type:
 
-    type    bits   q of the grid   scales   biases
-    Q4_0    4      q               d        -8 d
-    Q4_1    4      q               d        m
-    Q5_0    5      q               d        -16 d
-    Q5_1    5      q               d        m
-    Q8_0    8      q + 128         d        -128 d
+    type          bits  group  q of the grid   scales  biases      float type
+    Q4_0          4     32     q               d       -8 d        F16
+    Q4_1          4     32     q               d       m           F16
+    Q5_0          5     32     q               d       -16 d       F16
+    Q5_1          5     32     q               d       m           F16
+    Q8_0          8     32     q + 128         d       -128 d      F16
+    Q4_K          4     32     q               d sc    -dmin m     F32
+    Q5_K          5     32     q               d sc    -dmin m     F32
+    IQ4_NL        8     32     v + 128         d       -128 d      F16
+    IQ4_XS        8     32     v + 128         d sc    -128 d sc   F32
+    MXFP4         5     32     v + 12          d       -12 d       BF16
+    TQ1_0, TQ2_0  2     128    q               d       -d          F16
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from mlxq.errors import FormatError
+from mlxq.formats import fp4, iq4, iquants, kquants, ternary
 from mlxq.formats.affine import pack
-from mlxq.formats.floats import storage_dtype
-from mlxq.formats.geometry import block_format
-from mlxq.types import FLOAT_BYTES, QuantizedTensor, QuantSpec
+from mlxq.formats.floats import from_float32, storage_dtype, to_float32
+from mlxq.formats.geometry import BLOCK_FORMATS, block_format
+from mlxq.formats.superblocks import K_TYPES
+from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantizedTensor, QuantSpec
 
 _BLOCK = 32
-#: Blocks worked on at a time, so that temporaries stay in the second-level cache.
-_CHUNK = 1 << 11
+#: Weights worked on at a time, so that temporaries stay in the second-level cache.
+_CHUNK = 1 << 16
+#: The types that `dequantize` reads: all that have a geometry.
+READABLE = tuple(BLOCK_FORMATS)
 
 
 @dataclass(frozen=True)
@@ -59,14 +74,32 @@ _LAYOUTS = {
     "Q8_0": _Layout(8, False, 128),
 }
 
-#: The types that `dequantize` reads.
-READABLE = (*FLOAT_BYTES, *_LAYOUTS)
+
+class _Parts(NamedTuple):
+    """Blocks as an affine grid: codes uint8 `[n, block_size]`, scales and biases `[n, block_size // group_size]`."""
+
+    codes: np.ndarray
+    scales: np.ndarray
+    biases: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """The affine grid of a type: its last table row in this module's docstring, and what computes it."""
+
+    spec: QuantSpec
+    scales_dtype: str
+    split: Callable[[np.ndarray, str], _Parts]
 
 
 def affine_spec(name: str) -> QuantSpec | None:
     """The affine grid that holds a ggml type's weights exactly, or None."""
-    layout = _LAYOUTS.get(name)
-    return QuantSpec(layout.bits, _BLOCK) if layout else None
+    return _GRIDS[name].spec if name in _GRIDS else None
+
+
+def affine_scales_dtype(name: str) -> str | None:
+    """The float type (`F16`, `BF16`, `F32`) that holds the scales and biases of `affine_spec(name)`, or None."""
+    return _GRIDS[name].scales_dtype if name in _GRIDS else None
 
 
 def dequantize(blocks: np.ndarray, name: str) -> np.ndarray:
@@ -83,31 +116,28 @@ def dequantize(blocks: np.ndarray, name: str) -> np.ndarray:
         FormatError: unreadable type, a dtype other than uint8, or rows that are not whole blocks.
     """
     flat = _as_blocks(blocks, name)
-    K = blocks.shape[-1] // block_format(name).type_size * block_format(name).block_size
+    geometry = block_format(name)
+    shape = (*blocks.shape[:-1], blocks.shape[-1] // geometry.type_size * geometry.block_size)
     if name in FLOAT_BYTES:
-        return _float32(flat, name).reshape(*blocks.shape[:-1], K)
-    out = np.empty((flat.shape[0], _BLOCK), np.float32)
-    layout = _LAYOUTS[name]
-    for start in range(0, flat.shape[0], _CHUNK):
-        part, target = flat[start : start + _CHUNK], out[start : start + _CHUNK]
-        codes, d, m = _split(part, layout)
-        # Signed codes are exact in float32, and so is their product with a float16.
-        np.subtract(codes, np.float32(layout.offset), out=target, dtype=np.float32)
-        with np.errstate(invalid="ignore", over="ignore"):
-            target *= d.astype(np.float32)
-            if m is not None:
-                target += m.astype(np.float32)
-    return out.reshape(*blocks.shape[:-1], K)
+        return _float32(flat, name).reshape(shape)
+    if name in iq4.IQ4_TYPES:
+        return iq4.dequantize(flat, name).reshape(shape)
+    decode = _decoder(name)
+    out = np.empty((flat.shape[0], geometry.block_size), np.float32)
+    for part in _chunks(flat.shape[0], geometry.block_size):
+        decode(flat[part], name, out[part])
+    return out.reshape(shape)
 
 
 def to_affine(blocks: np.ndarray, name: str) -> QuantizedTensor:
-    """The same weights as MLX affine codes, group 32, with float16 scales and biases: no weight is re-rounded.
+    """The same weights as MLX affine codes: no weight is re-rounded.
 
     In float32 arithmetic, `scales * q + biases` equals `dequantize` as a number for every block. A code has at most
-    8 bits and a float16 11 significant bits, so the product is exact in float32. For Q4_1 and Q5_1 it is the same
-    product and sum as ggml's, rounded once. For the others the sum is `d` times a small integer, itself exact in
-    float32; only the sign of a zero may differ (`-d * 0` in ggml, `+0` here). In float16 arithmetic, as
-    `mx.dequantize` does it, product and sum are each rounded to float16.
+    8 bits, a float16 11 significant bits and a product of one with a 6-bit scale 17, multiplied by codes of at most 5
+    bits (or a value of a table, 8 bits, after 16 of IQ4_XS's scales): the product is exact in float32. For the types
+    with mins it is the same product and sum as ggml's, rounded once. For the others the sum is the scale times a small
+    integer, itself exact; only the sign of a zero may differ (`-d * 0` in ggml, `+0` here). In the arithmetic of
+    float16 scales, as `mx.dequantize` does it, product and sum are each rounded to float16.
 
     Args:
         blocks: uint8 `[..., row_bytes]`, whole blocks.
@@ -115,37 +145,105 @@ def to_affine(blocks: np.ndarray, name: str) -> QuantizedTensor:
 
     Raises:
         FormatError: a type with no affine grid, rows that are not whole blocks, scales that are not finite, or an
-            offset (`-8 d`, `-16 d`, `-128 d`) beyond the largest float16.
+            offset (`-8 d` and the like) beyond the largest number of its float type.
     """
-    layout = _LAYOUTS.get(name)
-    if layout is None:
-        raise FormatError(f"ggml type {name!r} has no affine grid: the types that have one are {', '.join(_LAYOUTS)}")
+    grid = _GRIDS.get(name)
+    if grid is None:
+        raise FormatError(f"ggml type {name!r} has no affine grid: the types that have one are {', '.join(_GRIDS)}")
     flat = _as_blocks(blocks, name)
-    n_groups = blocks.shape[-1] // block_format(name).type_size
-    lead = blocks.shape[:-1]
-    codes = np.empty((flat.shape[0], _BLOCK), np.uint8)
-    scales, biases = (np.empty((flat.shape[0], 1), np.float16) for _ in range(2))
-    for start in range(0, flat.shape[0], _CHUNK):
-        part = slice(start, start + _CHUNK)
-        codes[part], d, m = _split(flat[part], layout)
-        scales[part] = d
-        with np.errstate(over="ignore"):
-            # A power of two: exact unless it overflows.
-            biases[part] = m if m is not None else d * np.float16(-layout.offset)
-    _check_finite(name, layout, scales, biases)
+    geometry, spec = block_format(name), grid.spec
+    n_groups = geometry.block_size // spec.group_size
+    codes = np.empty((flat.shape[0], geometry.block_size), np.uint8)
+    scales, biases = (np.empty((flat.shape[0], n_groups), storage_dtype(grid.scales_dtype)) for _ in range(2))
+    for part in _chunks(flat.shape[0], geometry.block_size):
+        codes[part], scales[part], biases[part] = grid.split(flat[part], name)
+    _check_finite(name, grid, scales, biases)
+    lead, n_blocks = blocks.shape[:-1], blocks.shape[-1] // geometry.type_size
+    K = n_blocks * geometry.block_size
     return QuantizedTensor(
-        w_q=pack(codes.reshape(*lead, n_groups * _BLOCK), layout.bits),
-        scales=scales.reshape(*lead, n_groups),
-        biases=biases.reshape(*lead, n_groups),
-        spec=QuantSpec(layout.bits, _BLOCK),
-        shape=(*lead, n_groups * _BLOCK),
-        dtype="F16",
+        w_q=pack(codes.reshape(*lead, K), spec.bits),
+        scales=scales.reshape(*lead, n_blocks * n_groups),
+        biases=biases.reshape(*lead, n_blocks * n_groups),
+        spec=spec,
+        shape=(*lead, K),
+        dtype=grid.scales_dtype,
     )
 
 
+def _chunks(n_blocks: int, block_size: int) -> list[slice]:
+    step = _CHUNK // block_size
+    return [slice(start, start + step) for start in range(0, n_blocks, step)]
+
+
+def _decoder(name: str) -> Callable[[np.ndarray, str, np.ndarray], object]:
+    """What writes the weights of a few blocks `[n, type_size]` into float32 `[n, block_size]`."""
+    families = ((_LAYOUTS, _dequantize_simple), (K_TYPES, kquants.dequantize), (fp4.FP4_GROUPS, fp4.dequantize))
+    families += ((ternary.TERNARY_TYPES, ternary.dequantize), (iquants.CODEBOOK_TYPES, iquants.dequantize))
+    return next(decode for types, decode in families if name in types)
+
+
+def _dequantize_simple(blocks: np.ndarray, name: str, out: np.ndarray) -> None:
+    layout = _LAYOUTS[name]
+    codes, d, m = _split(blocks, layout)
+    # Signed codes are exact in float32, and so is their product with a float16.
+    np.subtract(codes, np.float32(layout.offset), out=out, dtype=np.float32)
+    with np.errstate(invalid="ignore", over="ignore"):
+        out *= d.astype(np.float32)
+        if m is not None:
+            out += m.astype(np.float32)
+
+
+def _simple_grid(blocks: np.ndarray, name: str) -> _Parts:
+    layout = _LAYOUTS[name]
+    codes, d, m = _split(blocks, layout)
+    return _Parts(codes, d, m if layout.has_m else _times(d, -layout.offset))
+
+
+def _super_block_grid(blocks: np.ndarray, name: str) -> _Parts:
+    parts = kquants.unpack(blocks, name)
+    with np.errstate(invalid="ignore"):
+        return _Parts(parts.codes, kquants.products(parts.d, parts.scales), -kquants.products(parts.dmin, parts.mins))
+
+
+def _iq4_grid(blocks: np.ndarray, name: str) -> _Parts:
+    parts = iq4.unpack(blocks, name)
+    with np.errstate(invalid="ignore"):
+        scales = parts.d[:, None] if parts.scales is None else kquants.products(parts.d, parts.scales)
+    # A signed byte plus 128 is its sign bit flipped.
+    return _Parts((iq4.VALUES.view(np.uint8) ^ np.uint8(0x80))[parts.codes], scales, _times(scales, -128))
+
+
+def _mxfp4_grid(blocks: np.ndarray, name: str) -> _Parts:
+    scales, codes = fp4.unpack(blocks, name)
+    codes = (fp4.VALUES + np.int8(12)).view(np.uint8)[codes.reshape(len(blocks), -1)]
+    return _Parts(codes, from_float32(scales, "BF16"), from_float32(_times(scales, -12), "BF16"))
+
+
+def _ternary_grid(blocks: np.ndarray, name: str) -> _Parts:
+    d, codes = ternary.unpack(blocks, name)
+    scales = np.repeat(d[:, None], 2, axis=1)
+    return _Parts(codes, scales, -scales)
+
+
+def _times(scales: np.ndarray, n: int) -> np.ndarray:
+    """Scales times a small integer in their own dtype: exact (a power of two, or 12 of one) unless it overflows."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return scales * scales.dtype.type(n)
+
+
+_GRIDS = {name: _Grid(QuantSpec(x.bits, _BLOCK), "F16", _simple_grid) for name, x in _LAYOUTS.items()}
+_GRIDS |= {
+    "Q4_K": _Grid(QuantSpec(4, 32), "F32", _super_block_grid),
+    "Q5_K": _Grid(QuantSpec(5, 32), "F32", _super_block_grid),
+    "IQ4_NL": _Grid(QuantSpec(8, 32), "F16", _iq4_grid),
+    "IQ4_XS": _Grid(QuantSpec(8, 32), "F32", _iq4_grid),
+    "MXFP4": _Grid(QuantSpec(5, 32), "BF16", _mxfp4_grid),
+    "TQ1_0": _Grid(QuantSpec(2, 128), "F16", _ternary_grid),
+    "TQ2_0": _Grid(QuantSpec(2, 128), "F16", _ternary_grid),
+}
+
+
 def _as_blocks(blocks: np.ndarray, name: str) -> np.ndarray:
-    if name not in READABLE:
-        raise FormatError(f"ggml type {name!r} cannot be decoded: the types that can are {', '.join(READABLE)}")
     type_size = block_format(name).type_size
     if blocks.dtype != np.uint8:
         raise FormatError(f"{name}: blocks are uint8 bytes, got {blocks.dtype}")
@@ -182,15 +280,20 @@ def _split(flat: np.ndarray, layout: _Layout) -> tuple[np.ndarray, np.ndarray, n
     return codes, d, m
 
 
-def _check_finite(name: str, layout: _Layout, scales: np.ndarray, biases: np.ndarray) -> None:
-    if not np.isfinite(scales).all():
-        raise FormatError(f"{name}: block {int(np.argmin(np.isfinite(scales)))} has a scale that is NaN or infinite")
-    if np.isfinite(biases).all():
+def _check_finite(name: str, grid: _Grid, scales: np.ndarray, biases: np.ndarray) -> None:
+    n_groups = block_format(name).block_size // grid.spec.group_size
+    finite = [np.isfinite(to_float32(a, grid.scales_dtype)).reshape(-1) for a in (scales, biases)]
+    if not finite[0].all():
+        block = int(np.argmin(finite[0])) // n_groups
+        raise FormatError(f"{name}: block {block} has a scale that is NaN or infinite")
+    if finite[1].all():
         return
-    block = int(np.argmin(np.isfinite(biases)))
-    if layout.has_m:
+    group = int(np.argmin(finite[1]))
+    block = group // n_groups
+    if name in K_TYPES or (name in _LAYOUTS and _LAYOUTS[name].has_m):
         raise FormatError(f"{name}: block {block} has a minimum that is NaN or infinite")
+    scale = float(to_float32(scales, grid.scales_dtype).reshape(-1)[group])
     raise FormatError(
-        f"{name}: block {block} has scale {scales[block, 0]:g}, and -{layout.offset} times it is beyond the largest "
-        "float16 (65504): these weights have no exact affine form, decode and quantize them instead"
+        f"{name}: block {block} has scale {scale:g}, and its offset is beyond the largest "
+        f"{DTYPE_NAMES[grid.scales_dtype]}: these weights have no exact affine form, decode and quantize them instead"
     )

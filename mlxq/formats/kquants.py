@@ -149,17 +149,17 @@ def dequantize(blocks: np.ndarray, name: str, out: np.ndarray | None = None) -> 
         scales, mins = _unpack_scales(b, name)
         groups = w.reshape(len(b), geometry.n_sub_blocks, geometry.sub_block)
         with np.errstate(invalid="ignore"):
-            groups *= _products(_float16(b, layout.d), scales)
+            groups *= products(_float16(b, layout.d), scales)[:, :, None]
             if mins is not None:
-                groups -= _products(_float16(b, layout.dmin), mins)
+                groups -= products(_float16(b, layout.dmin), mins)[:, :, None]
     return out
 
 
-def _products(d: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """`d * scales` in float32, `[n, n_sub_blocks, 1]`."""
-    products = scales.astype(np.float32)
-    products *= d.astype(np.float32)[:, None]
-    return products[:, :, None]
+def products(d: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """`d * scales` in float32, `[n, n_sub_blocks]`: scales (or mins) of the sub-blocks. Exact."""
+    out = scales.astype(np.float32)
+    out *= d.astype(np.float32)[:, None]
+    return out
 
 
 def _chunks(n: int) -> list[slice]:

@@ -427,25 +427,20 @@ def test_unknown_tensor_is_named(tmp_path, name):
         GgufCheckpoint(path)
 
 
-def write_k_quant(path):
-    weights = llama_weights()
+def test_types_that_hold_no_weights_are_refused_by_tensor_and_type(tmp_path):
+    path = tmp_path / "m.gguf"
     writer = new_writer(path)
-    for name, w in weights.items():
+    for name, w in llama_weights().items():
         add_tensor(writer, gguf_name(name), w)
-    data = np.zeros((8, 144), np.uint8)
-    writer.add_tensor("output.weight", data, raw_shape=data.shape, raw_dtype=gguf.GGMLQuantizationType.Q4_K)
+    data = np.zeros((8, 292), np.uint8)
+    writer.add_tensor("output.weight", data, raw_shape=data.shape, raw_dtype=gguf.GGMLQuantizationType.Q8_K)
     finish(writer)
-    return path
-
-
-def test_k_quants_are_refused_by_tensor_and_type(tmp_path):
-    path = write_k_quant(tmp_path / "m.gguf")
-    message = r"tensor 'output.weight' is Q4_K: K-quants are not supported yet; supported are F32, F16, BF16, Q4_0"
+    message = r"tensor 'output.weight' is Q8_K, which is no format of weights .* F32, F16, Q4_0, .*, NVFP4"
     with pytest.raises(CheckpointError, match=message):
         GgufCheckpoint(path)
     with GgufCheckpoint(path, metadata_only=True) as checkpoint:
         info = checkpoint.tensors["lm_head.weight"]
-        assert (info.dtype, info.shape, info.nbytes, info.spec) == ("Q4_K", (8, 256), 8 * 144, None)
+        assert (info.dtype, info.shape, info.nbytes, info.spec) == ("Q8_K", (8, 256), 8 * 292, None)
         with pytest.raises(CheckpointError, match=message):
             checkpoint.read("lm_head.weight")
         checkpoint.read("model.norm.weight")

@@ -7,9 +7,27 @@ import pytest
 from mlxq.errors import FormatError
 from mlxq.formats import ggml
 from mlxq.formats.affine import unpack
-from mlxq.formats.geometry import block_format
+from mlxq.formats.floats import to_float32
+from mlxq.formats.geometry import BLOCK_FORMATS, block_format
 
 BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+#: Every type but the floats.
+ALL_TYPES = [f.name for f in BLOCK_FORMATS.values() if f.block_size > 1]
+#: Types that are an affine grid -> bits, group size, float type of scales and biases.
+GRIDS = {
+    "Q4_0": (4, 32, "F16"),
+    "Q4_1": (4, 32, "F16"),
+    "Q5_0": (5, 32, "F16"),
+    "Q5_1": (5, 32, "F16"),
+    "Q8_0": (8, 32, "F16"),
+    "Q4_K": (4, 32, "F32"),
+    "Q5_K": (5, 32, "F32"),
+    "IQ4_NL": (8, 32, "F16"),
+    "IQ4_XS": (8, 32, "F32"),
+    "MXFP4": (5, 32, "BF16"),
+    "TQ1_0": (2, 128, "F16"),
+    "TQ2_0": (2, 128, "F16"),
+}
 
 
 def random_blocks(name: str, rows: int, n_blocks: int, seed: int = 0) -> np.ndarray:
@@ -24,6 +42,28 @@ def random_blocks(name: str, rows: int, n_blocks: int, seed: int = 0) -> np.ndar
     values[2] = np.float16(-1.5)
     blocks[:, : 2 * floats] = values.view(np.uint8)
     return blocks.reshape(rows, n_blocks * size)
+
+
+def any_blocks(name: str, n: int, seed: int = 0) -> np.ndarray:
+    """`n` blocks of random bytes, all of them: float16 scales that are subnormal, infinite or NaN too."""
+    return np.random.default_rng(seed).integers(0, 256, (n, block_format(name).type_size), dtype=np.uint8)
+
+
+def finite_blocks(name: str, n: int, seed: int = 0) -> np.ndarray:
+    """Those of `any_blocks` whose weights and offsets (up to 128 times a scale) are finite."""
+    blocks = any_blocks(name, n, seed)
+    with np.errstate(all="ignore"):
+        w = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+    limit = 2.0**120 if name == "MXFP4" else 200.0
+    return blocks[(np.abs(w) < limit).all(axis=1)]
+
+
+def assert_same_floats(actual: np.ndarray, expected: np.ndarray) -> None:
+    """Bit for bit, except that any NaN is as good as another."""
+    assert (actual.dtype, actual.shape) == (np.float32, expected.shape)
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(actual), nan)
+    np.testing.assert_array_equal(actual.view(np.uint32)[~nan], expected.view(np.uint32)[~nan])
 
 
 def scalar_dequantize(block: bytes, name: str) -> list[float]:
@@ -59,6 +99,31 @@ def test_dequantize_equals_gguf_bit_for_bit(name):
     np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
 
 
+@pytest.mark.parametrize("name", ALL_TYPES)
+def test_every_type_equals_gguf_for_any_bytes(name):
+    # 320 blocks of 256 weights are more than one chunk of the decoder.
+    blocks = any_blocks(name, 320 * 256 // block_format(name).block_size)
+    with np.errstate(all="ignore"):
+        expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType[name])
+    assert_same_floats(ggml.dequantize(blocks, name), expected)
+    rows = blocks[: len(blocks) // 16 * 16].reshape(4, 2, -1)
+    assert_same_floats(ggml.dequantize(rows, name), expected[: len(blocks) // 16 * 16].reshape(4, 2, -1))
+
+
+@pytest.mark.parametrize("name", ALL_TYPES)
+def test_every_type_equals_ggml_for_any_bytes(name):
+    libgguf = pytest.importorskip("libgguf", reason="ggml's own decoder, PyPI libgguf, is not installed")
+    blocks = any_blocks(name, 300, seed=1)
+    expected = np.asarray(libgguf.dequantize_rows(blocks, int(gguf.GGMLQuantizationType[name])), np.float32)
+    assert_same_floats(ggml.dequantize(blocks, name), expected.reshape(300, -1))
+
+
+def test_the_table_of_types_is_the_decoders():
+    decodable = {t.name for t in gguf.quants._type_traits} | {"F32", "F16"}
+    assert set(ggml.READABLE) <= decodable
+    assert {n for n in ggml.READABLE if ggml.affine_spec(n)} == set(GRIDS)
+
+
 @pytest.mark.parametrize("name", BLOCK_TYPES)
 def test_dequantize_follows_the_drawing(name):
     blocks = random_blocks(name, rows=1, n_blocks=4, seed=3)
@@ -76,19 +141,34 @@ def test_floats(name):
     np.testing.assert_array_equal(ggml.dequantize(data, name), expected)
 
 
-@pytest.mark.parametrize("name", BLOCK_TYPES)
+@pytest.mark.parametrize("name", GRIDS)
 def test_affine_grid_decodes_to_the_same_numbers(name):
-    blocks = random_blocks(name, rows=5, n_blocks=3, seed=2)
+    bits, group_size, dtype = GRIDS[name]
+    blocks = random_blocks(name, 5, 3, seed=2).reshape(15, -1) if name in BLOCK_TYPES else finite_blocks(name, 3000)
+    n = len(blocks) // 5 * 5
+    assert n
+    blocks = blocks[:n].reshape(5, -1)
     t = ggml.to_affine(blocks, name)
-    assert t.spec == ggml.affine_spec(name)
-    assert t.shape == (5, 96)
-    assert (t.w_q.dtype, t.scales.dtype, t.biases.dtype) == (np.uint32, np.float16, np.float16)
-    assert t.w_q.shape == (5, 96 * t.spec.bits // 32)
-    assert t.scales.shape == t.biases.shape == (5, 3)
-    q = unpack(t.w_q, t.spec.bits, 96).reshape(5, 3, 32).astype(np.float32)
-    w_hat = t.scales[..., None].astype(np.float32) * q + t.biases[..., None].astype(np.float32)
+    K = blocks.shape[1] // block_format(name).type_size * block_format(name).block_size
+    assert (t.spec.bits, t.spec.group_size, t.dtype) == (bits, group_size, dtype)
+    assert (ggml.affine_spec(name), ggml.affine_scales_dtype(name)) == (t.spec, dtype)
+    assert t.shape == (5, K)
+    assert (t.w_q.dtype, t.w_q.shape) == (np.uint32, (5, K * bits // 32))
+    assert t.scales.shape == t.biases.shape == (5, K // group_size)
+    q = unpack(t.w_q, bits, K).reshape(5, -1, group_size).astype(np.float32)
+    scales, biases = (to_float32(a, dtype)[..., None] for a in (t.scales, t.biases))
     # Equal as numbers: no tolerance. (+0 and -0 compare equal.)
-    np.testing.assert_array_equal(w_hat.reshape(5, 96), ggml.dequantize(blocks, name))
+    np.testing.assert_array_equal((scales * q + biases).reshape(5, K), ggml.dequantize(blocks, name))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K"])
+def test_super_blocks_with_infinite_parts_have_no_grid(name):
+    blocks = finite_blocks(name, 100)[:5]
+    for at, what in ((0, "scale"), (2, "minimum")):
+        broken = blocks.copy()
+        broken[3, at : at + 2] = np.array([np.inf], "<f2").view(np.uint8)
+        with pytest.raises(FormatError, match=f"{name}: block 3 has a {what} that is NaN or infinite"):
+            ggml.to_affine(broken, name)
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -132,8 +212,8 @@ def test_scale_that_is_not_finite_is_refused(value):
 
 
 def test_errors():
-    with pytest.raises(FormatError, match="'Q6_K' cannot be decoded: the types that can are F32"):
-        ggml.dequantize(np.zeros((1, 210), np.uint8), "Q6_K")
+    with pytest.raises(FormatError, match=r"ggml type 'Q8_K' is not known: the known types are F32 \(0\)"):
+        ggml.dequantize(np.zeros((1, 292), np.uint8), "Q8_K")
     with pytest.raises(FormatError, match="whole blocks of 20 bytes, got 21"):
         ggml.dequantize(np.zeros((1, 21), np.uint8), "Q4_1")
     with pytest.raises(FormatError, match="uint8 bytes, got int8"):
