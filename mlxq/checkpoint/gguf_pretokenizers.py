@@ -8,6 +8,7 @@ the model's original tokenizer; ids here equal llama.cpp's. `\\p{N}` and the lik
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from mlxq.errors import CheckpointError
 
@@ -149,3 +150,90 @@ def pre_tokenizer(name: str | None, where: object) -> PreTokenizer:
             f"{', '.join(sorted(PRE_TOKENIZERS))}"
         )
     return found
+
+
+#: The same way of splitting as others spell it -> as the table does. Only spellings that are known to cut alike, or
+#: that llama.cpp takes for alike: it has no classes of upper and lower case (`_cased`).
+_LU, _LL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CONTRACTIONS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
+    r"'(?i:[sdmt]|ll|ve|re)",
+    r"'(?:[sdmtSDMT]|[lL][lL]|[vV][eE]|[rR][eE])",
+)
+_START = r"[^\r\n\p{L}\p{N}]?"
+
+
+def _published_cased(ending: str, digits: str) -> str:
+    words = (f"{_START}{_LU}*{_LL}+{ending}", f"{_START}{_LU}+{_LL}*{ending}")
+    return "|".join((*words, digits, r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _SPACES))
+
+
+_SPELLINGS = {
+    # What remains between matches is a piece as well.
+    _GPT2 + r"|\s+": _GPT2,
+    # Possessive: nothing is given back that could match otherwise.
+    "|".join(
+        (
+            _CONTRACTION,
+            r"[^\r\n\p{L}\p{N}]?+\p{L}+",
+            r"\p{N}{1,3}",
+            r" ?[^\s\p{L}\p{N}]++[\r\n]*",
+            r"\s*[\r\n]|\s+(?!\S)|\s+",
+        )
+    ): _LLAMA3,
+    _cl100k(r"\p{N}").replace(r"\s*[\r\n]+", r"\s*[\r\n]"): _QWEN2,
+    _cl100k(r"\p{N}{1,3}").replace(r"\s*[\r\n]+", r"\s*[\r\n]"): _LLAMA3,
+    _published_cased(f"{_CONTRACTION}?", r"\p{N}{1,3}"): _cased(f"{_CONTRACTION}?", r"\p{N}{1,3}"),
+    _published_cased("", r"\p{N}"): _cased("", r"\p{N}"),
+}
+#: Of names that split alike, those that stand for their group; llama.cpp treats the others' texts the same.
+_PREFERRED = ("gpt-2", "smollm", "llama-bpe", "qwen2", "smaug-bpe", "glm4", "gpt-4o", "deepseek-v3", "bloom")
+
+
+def splits_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
+    """The expressions by which a `tokenizer.json`'s byte-level `pre_tokenizer` splits, spelt as `PRE_TOKENIZERS` does.
+
+    None where it does something that expressions in order cannot say.
+    """
+    parts = [pre_tokenizer or {}]
+    if parts[0].get("type") == "Sequence":
+        parts = list(parts[0].get("pretokenizers", []))
+    patterns: list[str] = []
+    # Bytes come last: what splits after them would see their stand-ins.
+    if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
+        return None
+    for part in parts:
+        pattern = _pattern(part)
+        if pattern is None:
+            return None
+        patterns += pattern
+    return tuple(patterns)
+
+
+def _pattern(part: dict[str, Any]) -> list[str] | None:
+    kind = part.get("type")
+    if kind == "ByteLevel":
+        return [_GPT2] if part.get("use_regex", True) else []
+    if kind == "Digits":
+        return [r"\p{N}" if part.get("individual_digits") else r"\p{N}+"]
+    expression = part.get("pattern", {}).get("Regex") if kind == "Split" else None
+    if expression is None:
+        return None
+    spelt = _canonical(expression)
+    how = part.get("behavior"), part.get("invert", False)
+    # Removing what does not match is the same where everything does.
+    covers = how == ("Removed", True) and spelt.endswith(r"|\s+")
+    return [spelt] if how == ("Isolated", False) or covers else None
+
+
+def _canonical(expression: str) -> str:
+    expression = expression.replace("\r", r"\r").replace("\n", r"\n")
+    for spelling in _CONTRACTIONS:
+        expression = expression.replace(spelling, _CONTRACTION)
+    return _SPELLINGS.get(expression, expression)
+
+
+def names_splitting(patterns: tuple[str, ...], ignore_merges: bool) -> list[str]:
+    """Names of `PRE_TOKENIZERS` that split by these expressions and treat whole pieces so, the usual one first."""
+    names = [n for n, p in PRE_TOKENIZERS.items() if p.patterns == patterns and p.ignore_merges == ignore_merges]
+    return sorted(names, key=lambda n: _PREFERRED.index(n) if n in _PREFERRED else len(_PREFERRED))

@@ -32,6 +32,8 @@ _FIM_TEXTS = frozenset({
 })
 # fmt: on
 _SPACE = "▁"
+#: In tokenizer_config.json: what a GGUF file says and a Hugging Face tokenizer has no place for.
+SOURCE_KEY = "gguf_source"
 
 
 def build_tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, bytes]:
@@ -284,6 +286,7 @@ def _tokenizer_config(vocabulary: _Vocabulary) -> dict[str, Any]:
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
+        SOURCE_KEY: {"pre": vocabulary.pre or "default"},
     }
     for name in ("bos", "eos", "unk", "pad"):
         token = getattr(vocabulary, name)
