@@ -15,6 +15,8 @@ _EXPORTS = {
     "generate": "mlxq.runtime.generate",
     "stream": "mlxq.runtime.generate",
     "inspect": "mlxq.evaluate.inspect",
+    "compare": "mlxq.evaluate.compare",
+    "Comparison": "mlxq.evaluate.compare",
     "quantize": "mlxq.ops",
     "dequantize": "mlxq.ops",
     "quantized_matmul": "mlxq.ops",
@@ -26,12 +28,14 @@ _EXPORTS = {
 
 __all__ = [
     "CancelToken",
+    "Comparison",
     "ConversionResult",
     "MlxqError",
     "Model",
     "Progress",
     "QuantSpec",
     "__version__",
+    "compare",
     "convert",
     "dequantize",
     "generate",
@@ -45,6 +49,7 @@ __all__ = [
 if TYPE_CHECKING:
     from mlxq.conversion import ConversionResult, convert
     from mlxq.errors import MlxqError
+    from mlxq.evaluate.compare import Comparison, compare
     from mlxq.evaluate.inspect import inspect
     from mlxq.ops import dequantize, quantize, quantized_matmul
     from mlxq.runtime.generate import generate, stream

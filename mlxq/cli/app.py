@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import mlxq
-from mlxq.cli import convert, generate, inspect
+from mlxq.cli import convert, generate, inspect, verify
 from mlxq.errors import UsageError
 
 _INTERRUPTED = 130
@@ -23,6 +23,7 @@ app = typer.Typer(
 app.command("convert")(convert.convert)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
+app.command("verify")(verify.verify)
 
 
 def _version(value: bool) -> None:
