@@ -168,6 +168,10 @@ class ParameterMap:
         """Codes and grid of a parameter whose `TensorInfo.spec` is set."""
         return self.checkpoint.read_quantized(self._direct[name], rows)
 
+    def read_blocks(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Blocks of a parameter that a GGUF file holds as such (see `Checkpoint.read_blocks`)."""
+        return self.checkpoint.read_blocks(self._direct[name], rows)
+
     def _compute(self, name: str) -> np.ndarray:
         """Make a computed parameter. The last one is remembered, since it is read by rows."""
         with self._lock:

@@ -49,6 +49,16 @@ class Checkpoint(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} holds no quantized tensors")
 
+    def read_blocks(self, name: str, rows: slice | None = None) -> np.ndarray:
+        """Blocks of a tensor whose `TensorInfo.dtype` is a ggml type, uint8 `[..., row_bytes]`.
+
+        As the source stores them, rows in the order of `tensors[name].shape`, as they come from `read`.
+
+        Raises:
+            CheckpointError: no such tensor.
+        """
+        raise NotImplementedError(f"{type(self).__name__} holds no ggml blocks")
+
     @abstractmethod
     def companion_files(self) -> dict[str, Path | bytes]:
         """Tokenizer, chat template, generation config and licence files, by the name they keep in the output.

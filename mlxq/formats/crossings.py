@@ -158,3 +158,16 @@ def _factor(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     integers = whole // np.maximum(chosen, 1)[:, None]
     d = np.where(negative, -1.0, 1.0) * chosen * _STEP
     return d.astype(np.float16), integers.astype(np.uint8)
+
+
+def dequantize(q: QuantizedTensor) -> np.ndarray:
+    """`scales * q + biases` in float32, `[..., K]`: the numbers that the codes stand for, whatever their scales' dtype.
+
+    `mx.dequantize` rounds them to that dtype; ggml's decoders do not.
+    """
+    codes = unpack(q.w_q.reshape(-1, q.w_q.shape[-1]), q.spec.bits, q.shape[-1])
+    groups = codes.reshape(len(codes), -1, q.spec.group_size).astype(np.float32)
+    s, b = (to_float32(a.reshape(len(codes), -1, 1), q.dtype) for a in (q.scales, q.biases))
+    groups *= s
+    groups += b
+    return groups.reshape(q.shape)

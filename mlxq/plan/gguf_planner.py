@@ -22,8 +22,8 @@ _NEAREST |= {8: ("Q8_0", False)}
 class GgufOptions:
     """What a person asked for.
 
-    `file_type` None means: as the source holds it, or for a float source `DEFAULT_FILE_TYPE`. `tensor_types` are
-    `REGEX=TYPE`, searched in the GGUF names. `exact` refuses whatever changes a decoded weight.
+    `file_type` None means: as the source holds it, or for a float source `DEFAULT_FILE_TYPE` (unless `as_stored`).
+    `tensor_types` are `REGEX=TYPE`, searched in the GGUF names. `exact` refuses whatever changes a decoded weight.
 
     Raises:
         PlanError: an unknown file type.
@@ -32,6 +32,7 @@ class GgufOptions:
     file_type: str | None = None
     tensor_types: tuple[str, ...] = ()
     exact: bool = False
+    as_stored: bool = False
 
     def __post_init__(self) -> None:
         if self.file_type is not None:
@@ -62,7 +63,7 @@ def make_gguf_plan(
             tensor that would change.
     """
     wanted = options.file_type
-    if wanted is None and not any(_is_quantized(s.info) for s in sources):
+    if wanted is None and not options.as_stored and not any(_is_quantized(s.info) for s in sources):
         wanted = DEFAULT_FILE_TYPE
     if wanted is None:
         overrides = Overrides(options.tensor_types)

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 
 from mlxq.errors import FormatError, PlanError
 from mlxq.formats import geometry
+from mlxq.plan import dtypes
 from mlxq.plan.recipes import RECIPES, recipe_bits
+from mlxq.plan.recoding import RECODINGS
 from mlxq.plan.roles import layer_index, module_path, role
 from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorInfo, TensorPlan
 
@@ -20,9 +22,12 @@ DEFAULT_GROUP_SIZE = 64
 class PlanOptions:
     """What a person asked for.
 
-    `bits` and `group_size` None mean: keep the codes of a source that is already quantized, else 4 and 64.
+    `bits` and `group_size` None mean: keep the codes of a source that is already quantized (or what comes close to
+    them, where MLX has no such codes, see `recoding`), else 4 and 64.
     `tensor_types` holds `REGEX=BITS` or `REGEX=BITS:GROUP`, `keep` regular expressions, each in a tuple or list; both
     are searched in the parameter name, and the last that matches wins. `dtype` is `float32`, `float16` or `bfloat16`.
+    `exact` refuses whatever changes a weight.
+    `exact` refuses whatever would change a decoded weight.
 
     Raises:
         PlanError: an illegal value, named with the legal ones, or a malformed or empty pattern.
@@ -34,6 +39,7 @@ class PlanOptions:
     tensor_types: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     dtype: str | None = None
+    exact: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tensor_types", "keep"):
@@ -59,11 +65,15 @@ class PlanOptions:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for every tensor of a model, in the model's order."""
+    """The decisions for every tensor of a model, in the model's order.
+
+    `exact` forbids that writing changes a weight, where only the weights themselves tell.
+    """
 
     tensors: tuple[TensorPlan, ...]
     dtype: str
     dropped: tuple[str, ...] = ()
+    exact: bool = False
     nbytes_by_name: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -104,32 +114,38 @@ def make_plan(
     float_modules: Mapping[str, int] | None = None,
     cast_protected: frozenset[str] = frozenset(),
     dropped: tuple[str, ...] = (),
+    model_dtype: str | None = None,
 ) -> Plan:
     """Decide for every tensor.
 
     `float_modules` maps module paths to 0 (the architecture never quantizes it) or to its least bits;
-    `cast_protected` names tensors that keep their own float dtype; `dropped` is passed on to the plan.
+    `cast_protected` names tensors that keep their own float dtype; `dropped` is passed on to the plan; `model_dtype`
+    (`float16`, `bfloat16`, `float32`) is what the model computes in where its weights, being ggml blocks, do not tell.
 
     Raises:
-        PlanError: a `--tensor-type` or `--keep` pattern matches no tensor, or asks for what cannot be.
+        PlanError: a `--tensor-type` or `--keep` pattern matches no tensor, or asks for what cannot be; with `exact`,
+            the first tensor that would change.
     """
     infos = list(tensors)
     layers = [i for i in (layer_index(t.name) for t in infos) if i is not None]
     n_layers = max(layers) + 1 if layers else 0
-    dtype = _model_dtype(infos, options)
-    quantized_source = any(t.spec for t in infos)
+    dtype = dtypes.model_dtype(infos, options.dtype, model_dtype)
+    quantized_source = any(t.spec or t.dtype not in FLOAT_BYTES for t in infos)
     chooser = _Chooser(options, float_modules or {}, n_layers, quantized_source)
     plans = []
     for info in infos:
         spec, reason = chooser.choose(info)
         if spec is None:
-            stored, why = _kept_dtype(info, dtype, cast_protected)
+            stored, why = dtypes.kept_dtype(info, dtype, cast_protected)
             plans.append(TensorPlan(info, "keep", None, stored, reason + why))
         else:
             action, reason = _action(info, spec, dtype, reason)
             plans.append(TensorPlan(info, action, spec, dtype, reason))
     chooser.refuse_unmatched()
-    return Plan(tuple(plans), dtype, dropped)
+    if options.exact:
+        for plan in plans:
+            _refuse_lossy(plan)
+    return Plan(tuple(plans), dtype, dropped, options.exact)
 
 
 class _Chooser:
@@ -157,7 +173,7 @@ class _Chooser:
         if least == 0:
             return None, "the architecture keeps this layer float"
         if self.as_stored:
-            return (info.spec, "codes as in the source") if info.spec else (None, "float in the source")
+            return self._as_stored(info)
         base = self.options.base
         bits, reason = recipe_bits(
             self.options.recipe or "uniform", role(info), layer_index(info.name), self.n_layers, base.bits
@@ -165,6 +181,15 @@ class _Chooser:
         if least and bits < least:
             bits, reason = least, f"the architecture asks for at least {least} bits here"
         return self._fit(info, QuantSpec(bits, base.group_size), reason)
+
+    def _as_stored(self, info: TensorInfo) -> tuple[QuantSpec | None, str]:
+        recoding = RECODINGS.get(info.dtype)
+        if info.spec is not None and (recoding is None or self.options.exact):
+            return info.spec, "codes as in the source"
+        if recoding is None:
+            return None, "float in the source"
+        reason = f"about {recoding.added:.2g} of error added to the {recoding.own:.2g} of {info.dtype}"
+        return self._fit(info, recoding.spec, reason)
 
     def refuse_unmatched(self) -> None:
         for text in sorted(self.unmatched):
@@ -209,41 +234,32 @@ class _Chooser:
 
 
 def _action(info: TensorInfo, spec: QuantSpec, dtype: str, reason: str) -> tuple[str, str]:
-    if info.spec == spec and info.scales_dtype == dtype:
-        return "repack", "codes as in the source"
+    if info.spec == spec:
+        if not dtypes.narrows(info.scales_dtype, dtype):
+            return "repack", "codes as in the source"
+        own, stored = DTYPE_NAMES[info.scales_dtype], DTYPE_NAMES[dtype]
+        return "repack", f"codes as in the source, scales rounded from {own} to {stored}"
     if info.dtype in FLOAT_BYTES:
         return "quantize", reason
-    if info.spec == spec:
-        return "requantize", f"scales are {info.scales_dtype} in the source, {dtype} asked"
     return "requantize", f"{reason} (source: {info.dtype})"
 
 
-def _model_dtype(infos: list[TensorInfo], options: PlanOptions) -> str:
-    """The float type that holds most of the source's weights (of its scales, where it is quantized)."""
-    if options.dtype is not None:
-        return next(k for k, v in DTYPE_NAMES.items() if v == options.dtype)
-    weights: dict[str, int] = {}
-    for info in infos:
-        if info.module != "other":
-            dtype = info.scales_dtype or (info.dtype if info.dtype in FLOAT_BYTES else "F16")
-            weights[dtype] = weights.get(dtype, 0) + info.size
-    return max(weights, key=lambda d: weights[d]) if weights else "F32"
-
-
-def _kept_dtype(info: TensorInfo, dtype: str, protected: frozenset[str]) -> tuple[str, str]:
-    """Float dtype of a kept tensor, and the rest of its reason: the model's, as stock mlx-lm's own conversion does.
-
-    One float32 norm makes every activation behind it float32; bfloat16 beside float16 does the same.
-    """
-    is_float = info.dtype in FLOAT_BYTES
-    if info.name in protected:
-        return info.dtype if is_float else "F32", "; the architecture asks for its own dtype"
-    if not is_float or info.dtype == dtype:
-        return dtype, ""
-    own, stored = DTYPE_NAMES[info.dtype], DTYPE_NAMES[dtype]
-    if dtype == "F32":
-        return dtype, f"; stored as {stored} like the model's other weights"
-    return dtype, f"; stored as {stored}: {own} beside {stored} would promote activations"
+def _refuse_lossy(plan: TensorPlan) -> None:
+    """With `--exact`, refuse a tensor that is known to change. Rounded scales and decoded blocks show when written."""
+    info = plan.info
+    if plan.action == "quantize":
+        raise PlanError(
+            f"--exact: {info.name} is {info.dtype} and would be quantized to {plan.spec}; --keep '{info.name}' keeps it"
+        )
+    if plan.action == "requantize":
+        way = "leave its bits and group size as they are" if info.spec else "no MLX grid holds its weights"
+        raise PlanError(
+            f"--exact: {info.name} would change from {info.dtype} to {plan.spec}: {way}, or keep its decoded values "
+            f"with --keep '{info.name}' --dtype float32"
+        )
+    if plan.action == "keep" and info.dtype in FLOAT_BYTES and dtypes.narrows(info.dtype, plan.dtype):
+        own, stored = DTYPE_NAMES[info.dtype], DTYPE_NAMES[plan.dtype]
+        raise PlanError(f"--exact: {info.name} would be rounded from {own} to {stored}: use --dtype float32")
 
 
 def _legal(bits: int, group_size: int, where: str) -> None:

@@ -1,0 +1,131 @@
+"""The whole of a conversion: checkpoint, plan, quantizers, writers, proof. The only package that sees all stages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from mlxq.api import public
+from mlxq.conversion.job import ConversionResult, Job
+from mlxq.conversion.to_gguf import GGUF_SUFFIX, GgufRequest, to_gguf
+from mlxq.conversion.to_mlx import to_mlx
+from mlxq.errors import PlanError
+from mlxq.plan.planner import Plan, PlanOptions
+from mlxq.types import CancelToken, ProgressCallback
+
+__all__ = ["ConversionResult", "convert", "export"]
+
+
+@public
+def convert(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    type: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    recipe: str | None = None,
+    tensor_types: str | Sequence[str] = (),
+    keep: str | Sequence[str] = (),
+    dtype: str | None = None,
+    imatrix: str | os.PathLike[str] | None = None,
+    exact: bool = False,
+    pre: str | None = None,
+    modelfile: bool = False,
+    revision: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> ConversionResult:
+    """Quantize a model into an MLX directory that stock mlx-lm loads, or a GGUF file that llama.cpp loads; prove it.
+
+    Args:
+        source: a Hugging Face or MLX directory, a GGUF file, or a Hub id `org/name`.
+        output: the directory to make, or a file name that ends in `.gguf`; not needed for a dry run.
+        type: of a GGUF file, as llama.cpp names it (`Q4_K_M`, `Q8_0`, `BF16` ...); default what a quantized source
+            holds, else `Q4_K_M`.
+        bits, group_size: of MLX's affine grid; default 4 and 64, or the codes of an already quantized source.
+        recipe: of an MLX directory: `uniform` or `mixed` (more bits for sensitive tensors).
+        tensor_types: overrides, the last that matches wins: `REGEX=BITS[:GROUP]` with parameter names for MLX,
+            `REGEX=TYPE` with GGUF names for GGUF.
+        keep: regular expressions of parameters that stay float in an MLX directory.
+        dtype: `float16`, `bfloat16` or `float32` for scales and kept tensors of an MLX directory; default the
+            source's.
+        imatrix: file of an importance matrix that weights the errors of a GGUF file's tensors.
+        exact: refuse whatever would change a decoded weight.
+        pre: llama.cpp's name for how the tokenizer splits text, where it cannot be found out.
+        modelfile: write a `Modelfile` for Ollama beside the GGUF file.
+        revision: branch, tag or commit of a Hub id.
+        overwrite: replace an existing result, on success only.
+        verify: run source and result over a short text, and fail when the result is broken.
+        dry_run: plan only; nothing is read but headers, nothing is written.
+        on_plan: called with the plan, before any work.
+        progress: called with `Progress` events, from this thread.
+        cancel: stops the conversion within one chunk of rows.
+
+    Raises:
+        MlxqError: a subclass for each stage; nothing is left at `output` then.
+    """
+    job = Job(source, output, revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
+    of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
+    of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
+    given = next((name for name, value in of_gguf.items() if value is not None), None)
+    if _is_gguf(output) or (output is None and given):
+        _refuse(of_mlx, "an MLX directory; a GGUF file takes --type and --tensor-type REGEX=TYPE")
+        return to_gguf(job, GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile))
+    _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")
+    return to_mlx(job, PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact))
+
+
+@public
+def export(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    tensor_types: str | Sequence[str] = (),
+    exact: bool = False,
+    pre: str | None = None,
+    modelfile: bool = False,
+    revision: str | None = None,
+    overwrite: bool = False,
+    verify: bool = True,
+    dry_run: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> ConversionResult:
+    """Write a model as a GGUF file as it is: quantized tensors keep their codes, float tensors their type.
+
+    MLX's 2 to 5 bit codes become Q4_1, Q5_1 or a smaller type that holds them exactly, with the same decoded weights.
+    What no ggml type holds exactly (6-bit grids, 8-bit ones with offsets, scales beyond float16) is rounded and said.
+
+    Args:
+        source: an MLX directory (by mlxq or mlx-lm), a Hugging Face directory, a GGUF file, or a Hub id.
+        output: the file to make, which ends in `.gguf`; not needed for a dry run.
+        tensor_types, exact, pre, modelfile, revision, overwrite, verify, dry_run, on_plan, progress, cancel: as in
+            `convert`.
+
+    Raises:
+        MlxqError: a subclass for each stage; nothing is left at `output` then.
+    """
+    job = Job(source, output, revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
+    if output is not None and not _is_gguf(output):
+        raise PlanError(f"{os.fspath(output)}: an export is a GGUF file: give it a name that ends in {GGUF_SUFFIX}")
+    return to_gguf(job, GgufRequest(None, _patterns(tensor_types), None, exact, pre, modelfile, as_stored=True))
+
+
+def _is_gguf(output: str | os.PathLike[str] | None) -> bool:
+    return output is not None and os.fspath(output).lower().endswith(GGUF_SUFFIX)
+
+
+def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _refuse(options: dict[str, object], belongs_to: str) -> None:
+    for name, value in options.items():
+        if value is not None:
+            raise PlanError(f"{name} is for {belongs_to}")

@@ -1,0 +1,88 @@
+"""What every conversion is told and gives back, whatever it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.checkpoint.base import Checkpoint
+from mlxq.errors import OutputError, VerificationError
+from mlxq.plan.planner import Plan
+from mlxq.types import CancelToken, ProgressCallback
+
+#: Room for tokenizer, configuration and manifest, beside the weights.
+OTHER_FILES = 64 << 20
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What a conversion did. `path` is None for a dry run; `verification` is None when it was skipped."""
+
+    path: Path | None
+    plan: Plan
+    config: dict[str, Any]
+    verification: Any = None
+    notes: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Job:
+    """Source, place of the result, and how the work is run; see `mlxq.convert`."""
+
+    source: str | os.PathLike[str]
+    output: str | os.PathLike[str] | None
+    revision: str | None
+    overwrite: bool
+    verify: bool
+    dry_run: bool
+    on_plan: Callable[[Plan], None] | None
+    progress: ProgressCallback | None
+    cancel: CancelToken
+
+    @property
+    def path(self) -> Path:
+        """Where the result goes.
+
+        Raises:
+            OutputError: nothing was given.
+        """
+        if self.output is None or not os.fspath(self.output):
+            raise OutputError("no output directory given")
+        return Path(self.output).expanduser()
+
+    def prove(self, parameters: ParameterMap, result: Path, plan: Plan) -> Any:
+        """Run source and result over a text; None where that is not asked for.
+
+        Raises:
+            VerificationError: the result is broken.
+        """
+        if not self.verify:
+            return None
+        from mlxq.evaluate.verify import verify
+
+        outcome = verify(parameters, result, bpw=plan.bpw, progress=self.progress, cancel=self.cancel)
+        if not outcome.passed:
+            raise VerificationError(f"{parameters.checkpoint.path}: {outcome.failure}; nothing was written")
+        return outcome
+
+    def describe(self, checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
+        """The source as the manifest names it; `files` are the SHA-256 digests of its weight files."""
+        text = os.fspath(self.source)
+        name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
+        described: dict[str, Any] = {"name": name, "kind": checkpoint.kind}
+        if checkpoint.path.parent.name == "snapshots":
+            described["commit"] = checkpoint.path.name
+        return described | {"files": dict(sorted(files.items()))}
+
+
+def refuse_source(output: Path, source: Path) -> None:
+    """An output must neither hold its source nor lie in it. Files are compared, not names: names may differ in case."""
+    above = [p for p in (output, *output.resolve().parents) if p.exists()]
+    if output.exists() and any(output.samefile(p) for p in (source, *source.resolve().parents)):
+        raise OutputError(f"{output} holds the source; choose another output")
+    if any(p.samefile(source) for p in above):
+        raise OutputError(f"{output} lies in the source directory; choose another output")

@@ -1,0 +1,157 @@
+"""From any source to a GGUF file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.calibration.imatrix import ImportanceMatrix
+from mlxq.checkpoint.base import Checkpoint
+from mlxq.checkpoint.gguf_names import GgufArchitecture, MappedTensor, architecture_for
+from mlxq.checkpoint.gguf_names import to_gguf as gguf_name
+from mlxq.checkpoint.source import open_checkpoint
+from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.errors import CheckpointError
+from mlxq.formats import crossings
+from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
+from mlxq.plan.gguf_mixes import GgufModel
+from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan
+from mlxq.plan.planner import Plan
+from mlxq.types import TensorInfo
+from mlxq.writers.gguf_hyperparameters import rope_tensors
+from mlxq.writers.gguf_metadata import file_metadata
+from mlxq.writers.gguf_target import GgufTarget
+from mlxq.writers.manifest import manifest_json
+
+from mlxq.writers.output_file import OutputFile
+from mlxq.writers.stream import WeightStream
+
+GGUF_SUFFIX = ".gguf"
+#: Rows of scales that are looked at together.
+_ROWS = 1 << 14
+
+
+@dataclass(frozen=True)
+class GgufRequest:
+    """What was asked for of a GGUF file; see `mlxq.convert`. `as_stored` never quantizes."""
+
+    type: str | None = None
+    tensor_types: tuple[str, ...] = ()
+    imatrix: str | os.PathLike[str] | None = None
+    exact: bool = False
+    pre: str | None = None
+    modelfile: bool = False
+    as_stored: bool = False
+
+
+def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
+    """Plan, write and prove a GGUF file; see `mlxq.convert`."""
+    options = GgufOptions(request.type, request.tensor_types, request.exact, request.as_stored)
+    importance = ImportanceMatrix.read(request.imatrix) if request.imatrix is not None else None
+    stage = None
+    if not job.dry_run:
+        beside = (_manifest_name(job.path), *(("Modelfile",) if request.modelfile else ()))
+        stage = OutputFile(job.path, overwrite=job.overwrite, beside=beside)
+    with open_checkpoint(job.source, job.revision, job.progress, accept=architecture_for) as checkpoint:
+        _, arch = architecture_for(checkpoint.config)
+        parameters = ParameterMap(checkpoint)
+        names = _names(parameters, arch)
+        plan = _plan(parameters, names, options, _model(checkpoint.config, arch), importance)
+        if job.on_plan:
+            job.on_plan(plan)
+        # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.
+        metadata = file_metadata(checkpoint, arch, plan, source=os.fspath(job.source), pre=request.pre)
+        rope = rope_tensors(checkpoint.config)
+        if stage is None:
+            return ConversionResult(None, plan, checkpoint.config)
+        refuse_source(stage.path, checkpoint.path)
+        stage.check_space(plan.nbytes + OTHER_FILES)
+        target = GgufTarget(parameters, plan, names, metadata, rope, importance, stage.path.name)
+        weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
+        with stage:
+            digests = weights.write(stage.stage)
+            notes = target.notes()
+            verification = job.prove(parameters, stage.staged, plan)
+            if request.modelfile:
+                stage.write("Modelfile", _modelfile(stage.path.name, checkpoint).encode())
+            stage.write(
+                _manifest_name(stage.path),
+                manifest_json(
+                    source=job.describe(checkpoint, digests.source),
+                    options=dataclasses.asdict(request) | {"imatrix": request.imatrix and Path(request.imatrix).name},
+                    plan=plan,
+                    files=digests.written,
+                    verification=verification.to_dict() if verification else None,
+                    notes=notes,
+                ),
+            )
+            stage.commit()
+        return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))
+
+
+def _manifest_name(path: Path) -> str:
+    return f"{path.stem}.mlxq.json"
+
+
+def _names(parameters: ParameterMap, arch: GgufArchitecture) -> dict[str, MappedTensor]:
+    names = {}
+    for name in parameters.tensors:
+        mapped = gguf_name(arch, name)
+        if mapped is None:
+            raise CheckpointError(
+                f"{parameters.checkpoint.path}: {name} has no place in a GGUF file of the architecture {arch.name!r}"
+            )
+        names[name] = mapped
+    return names
+
+
+def _model(config: dict[str, Any], arch: GgufArchitecture) -> GgufModel:
+    def first(*keys: str, default: int = 0) -> int:
+        return next((config[key] for key in keys if config.get(key) is not None), default)
+
+    heads = first("num_attention_heads", "n_head")
+    return GgufModel(
+        arch=arch.name,
+        n_layers=first("num_hidden_layers", "n_layer"),
+        n_heads=heads,
+        n_kv_heads=first("num_key_value_heads", default=heads),
+        n_experts=first("num_local_experts", "num_experts"),
+    )
+
+
+def _plan(
+    parameters: ParameterMap,
+    names: dict[str, MappedTensor],
+    options: GgufOptions,
+    model: GgufModel,
+    importance: ImportanceMatrix | None,
+) -> Plan:
+    sources = [
+        GgufSource(info, names[info.name].name, _exact_types(parameters, info)) for info in parameters.tensors.values()
+    ]
+    plan = make_gguf_plan(sources, options, model, has_imatrix=importance is not None, dropped=parameters.dropped)
+    if importance is not None:
+        importance.check((names[p.info.name].name, p.info.shape) for p in plan.tensors if p.action != "keep")
+    return plan
+
+
+def _exact_types(parameters: ParameterMap, info: TensorInfo) -> tuple[str, ...]:
+    """The block types that hold an MLX tensor's codes exactly, the smallest first: its scales decide, and are read."""
+    if info.dtype != "AFFINE":
+        return ()
+    found = [n for n in crossings.candidates(info.spec) if n not in K_TYPES or info.shape[-1] % SUPER_BLOCK == 0]
+    for rows in info.row_ranges(_ROWS * info.shape[-1]):
+        if not found:
+            break
+        q = parameters.read_quantized(info.name, rows)
+        exact = crossings.exact_types(q.scales, q.biases, q.dtype, q.spec)
+        found = [name for name in found if name in exact]
+    return tuple(found)
+
+
+def _modelfile(name: str, checkpoint: Checkpoint) -> str:
+    raise NotImplementedError

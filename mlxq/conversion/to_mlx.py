@@ -1,0 +1,65 @@
+"""From any source to an MLX directory."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.architectures.registry import model_classes
+from mlxq.checkpoint.huggingface import is_tokenizer
+from mlxq.checkpoint.source import open_checkpoint
+from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.errors import CheckpointError
+from mlxq.plan.planner import PlanOptions, make_plan
+from mlxq.writers import mlx as mlx_writer
+from mlxq.writers.laid_out import sha256
+from mlxq.writers.manifest import NAME as MANIFEST
+from mlxq.writers.manifest import manifest_json
+from mlxq.writers.output import OutputDirectory
+from mlxq.writers.stream import WeightStream
+
+
+def to_mlx(job: Job, options: PlanOptions) -> ConversionResult:
+    """Plan, write and prove an MLX directory; see `mlxq.convert`."""
+    stage = None if job.dry_run else OutputDirectory(job.path, overwrite=job.overwrite)
+    with open_checkpoint(job.source, job.revision, job.progress, accept=model_classes) as checkpoint:
+        parameters = ParameterMap(checkpoint)
+        plan = make_plan(
+            parameters.tensors.values(),
+            options,
+            float_modules=parameters.float_modules,
+            cast_protected=parameters.cast_protected,
+            dropped=parameters.dropped,
+        )
+        if job.on_plan:
+            job.on_plan(plan)
+        if stage is None:
+            return ConversionResult(None, plan, checkpoint.config)
+        refuse_source(stage.path, checkpoint.path)
+        companions = checkpoint.companion_files()
+        if not is_tokenizer(companions):
+            raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
+        stage.check_space(plan.nbytes + OTHER_FILES)
+        target = mlx_writer.MlxTarget(parameters, plan)
+        weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
+        with stage:
+            for name, content in companions.items():
+                stage.write(name, content)
+            stage.write("config.json", mlx_writer.config_json(checkpoint.config, plan.tensors, plan.dtype))
+            digests = weights.write(stage.stage)
+            notes = target.notes()
+            verification = job.prove(parameters, stage.stage, plan)
+            files = digests.written | {name: sha256(stage.stage / name) for name in ("config.json", *companions)}
+            stage.write(
+                MANIFEST,
+                manifest_json(
+                    source=job.describe(checkpoint, digests.source),
+                    options=dataclasses.asdict(options),
+                    plan=plan,
+                    files=dict(sorted(files.items())),
+                    verification=verification.to_dict() if verification else None,
+                    notes=notes,
+                ),
+            )
+            stage.commit()
+        return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))

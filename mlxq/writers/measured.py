@@ -1,0 +1,33 @@
+"""What writing a tensor changed: its relative error, gathered from chunks that several threads write."""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import numpy as np
+
+
+class MeasuredErrors:
+    """Relative root mean square errors by tensor."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def add(self, name: str, w: np.ndarray, w_hat: np.ndarray) -> None:
+        """Count some rows of a tensor, as they were and as they are stored; float32, of one shape."""
+        difference = np.subtract(w_hat, w).ravel()
+        w = w.ravel()
+        error, size = float(np.vdot(difference, difference)), float(np.vdot(w, w))
+        with self._lock:
+            before = self._sums.get(name, (0.0, 0.0))
+            self._sums[name] = (before[0] + error, before[1] + size)
+
+    @property
+    def relative_rmse(self) -> dict[str, float]:
+        """Relative RMSE of each tensor that was counted; 0 where nothing changed."""
+        return {
+            name: math.sqrt(error / size) if size else (math.inf if error else 0.0)
+            for name, (error, size) in self._sums.items()
+        }
