@@ -5,8 +5,7 @@ every block lies in one contiguous row, and what belongs to a group is an array 
 only for what touches every weight: codes by rounding (`round`) and their sums (`moments`). With the sums, scale, offset
 and error of a group are closed forms on small arrays, written once over `tile.xp`, which is `numpy` or `mlx.core`.
 
-NumPy tiles are of a size that stays in the second-level cache and reuse their buffers; mlx tiles are lazy and large.
-The mlx tile has not run on a Mac.
+NumPy tiles reuse their buffers; mlx tiles are lazy. The mlx tile has not run on a Mac.
 """
 
 from __future__ import annotations
@@ -16,8 +15,11 @@ from typing import Any
 
 import numpy as np
 
-#: Weights of a tile: four float32 arrays of it are 1 MiB, and its rows are long enough to hide NumPy's cost per call.
-NUMPY_TILE = 1 << 16
+#: Weights of a tile. Two threads that search tiles of 2^16 wait for Python's lock more than they compute; from 2^19 on
+#: a thread alone is slower, since two arrays are more than the second-level cache (measured: two Xeon cores, 2 MiB).
+NUMPY_TILE = 1 << 18
+#: Weights transposed at a time: what is read, 1 KiB apart, stays in the first-level cache.
+_TRANSPOSED = 1 << 13
 #: On a GPU the arrays of a tile only have to fit in memory.
 MLX_TILE = 1 << 23
 
@@ -135,8 +137,17 @@ def numpy_tiles(
             x, q, wx = (a.reshape(-1)[: group * n_groups * n].reshape(group, n_groups, n) for a in (x, q, wx))
             wx = x if weights is None else wx
             weights = None if weights is None else np.ascontiguousarray(weights[:, :, :n])
-        np.copyto(x, part.reshape(n, n_groups, group).transpose(2, 1, 0))
+        _transpose(part.reshape(n, n_groups, group), x)
         yield slice(start * per_row, start * per_row + n), NumpyTile(x, weights, wx, q)
+
+
+def _transpose(blocks: np.ndarray, x: np.ndarray) -> None:
+    """Copy `[n, n_groups, group]` to `[group, n_groups, n]`."""
+    n, n_groups, group = blocks.shape
+    step = max(_TRANSPOSED // (n_groups * group), 1)
+    for start in range(0, n, step):
+        part = slice(start, start + step)
+        np.copyto(x[:, :, part], blocks[part].transpose(2, 1, 0))
 
 
 def mlx_tiles(w: np.ndarray, group: int, n_groups: int, importance: np.ndarray | None) -> Iterator[tuple[slice, Any]]:
@@ -150,13 +161,15 @@ def mlx_tiles(w: np.ndarray, group: int, n_groups: int, importance: np.ndarray |
         part = w[start : start + rows]
         n = part.shape[0] * per_row
         x = mx.array(part).reshape(n, n_groups, group).transpose(2, 1, 0)
-        weights = None if importance is None else mx.array(_spread(importance, group, n_groups, part.shape[0]))
+        weights = None
+        if importance is not None:
+            row = mx.array(importance).reshape(1, per_row, n_groups, group).transpose(3, 2, 0, 1)
+            weights = mx.broadcast_to(row, (group, n_groups, part.shape[0], per_row)).reshape(group, n_groups, n)
         yield slice(start * per_row, start * per_row + n), MlxTile(x, weights)
 
 
 def _spread(importance: np.ndarray, group: int, n_groups: int, rows: int) -> np.ndarray:
     """Importance `[K]` of one row as a tile `[group, n_groups, rows * K // (group * n_groups)]`."""
-    row = importance.reshape(-1, n_groups, group).transpose(2, 1, 0)
-    return np.ascontiguousarray(np.broadcast_to(row[:, :, None], (group, n_groups, rows, row.shape[2]))).reshape(
-        group, n_groups, -1
-    )
+    row = importance.reshape(-1, n_groups, group).transpose(2, 1, 0)[:, :, None]
+    spread = np.broadcast_to(row, (group, n_groups, rows, row.shape[3]))
+    return np.ascontiguousarray(spread).reshape(group, n_groups, -1)
