@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.checkpoint.gguf_fields import ACTIVATIONS, BIASED, BUILT_IN, FIELDS, YARN_KEYS, Field
+from mlxq.checkpoint.gguf_fields import ACTIVATIONS, BIASED, BUILT_IN, FIELDS, YARN, Field
 from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_names import GgufArchitecture
 from mlxq.errors import CheckpointError
@@ -214,7 +214,7 @@ def _rope_scaling(metadata: Metadata, config: dict[str, Any], read_rope: ReadRop
         return _kind("linear", factor=factor) if factor != 1.0 else None
     if kind == "yarn":
         original = metadata.integer("rope.scaling.original_context_length", config["max_position_embeddings"])
-        more = {name: metadata.positive(key, None) for name, key in YARN_KEYS.items() if metadata.has(key)}
+        more = {name: metadata.positive(key, None) for name, (key, _) in YARN.items() if key and metadata.has(key)}
         return _kind("yarn", factor=factor, original_max_position_embeddings=original, **more)
     if kind != "none":
         raise CheckpointError(

@@ -141,9 +141,10 @@ BUILT_IN: dict[str, dict[str, Any]] = {
 ACTIVATIONS = dict.fromkeys(("gemma", "gemma2", "gemma3_text", "starcoder2"), "gelu_pytorch_tanh")
 #: Setting that gives linear layers a bias -> a layer that then has one.
 BIASED = {"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.gate_proj"}
-#: Settings of yarn in `config.json` -> their keys.
-YARN_KEYS = {
-    "attention_factor": "rope.scaling.yarn_attn_factor",
-    "beta_fast": "rope.scaling.yarn_beta_fast",
-    "beta_slow": "rope.scaling.yarn_beta_slow",
+#: Settings of yarn in `config.json` -> their keys and the values that llama.cpp has built in for these architectures.
+YARN: dict[str, tuple[str | None, float]] = {
+    "mscale": (None, 1.0),
+    "mscale_all_dim": (None, 0.0),
+    "beta_fast": ("rope.scaling.yarn_beta_fast", 32.0),
+    "beta_slow": ("rope.scaling.yarn_beta_slow", 1.0),
 }

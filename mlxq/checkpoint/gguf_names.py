@@ -72,7 +72,7 @@ class GgufArchitecture:
         experts: this is the mixture of experts among the model types of this `name`.
         permuted: a converter reorders the rows of q and k inside each head, from halves to pairs.
         norm_offset: what a converter adds to every norm weight.
-        always_tied: the output always shares the embedding.
+        always_tied, never_tied: the output always, or for llama.cpp never, shares the embedding.
         dtype: the float type to compute in when a file's own says nothing.
         rope_tensors: tensors of rotary factors, which are settings and no weights.
         biases: settings of `config.json` that give linear layers a bias; llama.cpp reads no other.
@@ -88,6 +88,7 @@ class GgufArchitecture:
     permuted: bool = False
     norm_offset: float = 0.0
     always_tied: bool = False
+    never_tied: bool = False
     dtype: str = "float16"
     rope_tensors: tuple[str, ...] = ("rope_freqs.weight",)
     biases: tuple[str, ...] = ()
@@ -127,7 +128,13 @@ _TABLE = (
         rope_tensors=("rope_factors_long.weight", "rope_factors_short.weight"),
     ),
     GgufArchitecture("smollm3", "smollm3", "SmolLM3ForCausalLM", _LLAMA, permuted=True),
-    GgufArchitecture("olmo2", "olmo2", "Olmo2ForCausalLM", {**_ATTENTION, **_MLP, **_QK_NORM, **_POST_NORMS}),
+    GgufArchitecture(
+        "olmo2",
+        "olmo2",
+        "Olmo2ForCausalLM",
+        {**_ATTENTION, **_MLP, **_QK_NORM, **_POST_NORMS},
+        never_tied=True,
+    ),
     GgufArchitecture("granite", "granite", "GraniteForCausalLM", _LLAMA, **_LLAMA_RULES),
     GgufArchitecture(
         "starcoder2",

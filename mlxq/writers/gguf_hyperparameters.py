@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxq.checkpoint.gguf_config import SLIDING_PATTERN, llama3_divisors, query_scalar
-from mlxq.checkpoint.gguf_fields import BUILT_IN, FIELDS, YARN_KEYS, Field
+from mlxq.checkpoint.gguf_fields import BUILT_IN, FIELDS, YARN, Field
 from mlxq.checkpoint.gguf_names import GgufArchitecture, architecture_for
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
@@ -79,10 +79,7 @@ def rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
         )
         tensors = {"rope_freqs.weight": factors.astype(np.float32)}
     else:
-        tensors = {
-            f"rope_factors_{length}.weight": np.asarray(scaling.get(f"{length}_factor"), np.float32)
-            for length in ("long", "short")
-        }
+        tensors = {f"rope_factors_{n}.weight": _factors(f"{n}_factor", scaling) for n in ("long", "short")}
     for name, factors in tensors.items():
         if name not in arch.rope_tensors:
             raise CheckpointError(f"rope scaling {kind!r} cannot be written for the GGUF architecture {arch.name!r}")
@@ -91,6 +88,13 @@ def rope_tensors(config: dict[str, Any]) -> dict[str, np.ndarray]:
                 f"{name} would have shape {list(factors.shape)}, but {rotated // 2} pairs are rotated"
             )
     return tensors
+
+
+def _factors(name: str, scaling: dict[str, Any]) -> np.ndarray:
+    values = scaling.get(name)
+    if not isinstance(values, list):
+        raise CheckpointError(f"config.json: rope_scaling.{name} is {quoted(values)}, expected numbers")
+    return np.array([_positive(f"rope_scaling.{name}", value) for value in values], np.float32)
 
 
 def _required(config: dict[str, Any], name: str, arch: GgufArchitecture) -> Any:
@@ -145,19 +149,30 @@ def _refuse_settings(config: dict[str, Any], values: dict[str, Any], arch: GgufA
     if arch.model_type == "smollm3" and isinstance(layers, int) and config.get("no_rope_layers") is not None:
         interval = wanted.pop("no_rope_layer_interval")
         wanted["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(layers)]
+    if arch.model_type == "olmo2":
+        wanted["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     if arch.model_type == "gpt2":
         wanted["n_inner"] = 4 * values["n_embd"]
     if arch.model_type in ("gemma2", "gemma3_text"):
         sizes = {**config, **values, "model_type": arch.model_type, "head_dim": _head_dim(config, values)}
         wanted["query_pre_attn_scalar"] = query_scalar(sizes)
+    if arch.never_tied:
+        wanted["tie_word_embeddings"] = False
+        # mlx-lm ties where config.json says nothing.
+        config = {"tie_word_embeddings": True, **config}
     for name, value in wanted.items():
-        if config.get(name) is not None and config[name] != value:
-            raise CheckpointError(
-                f"config.json: {name} is {quoted(config[name])}, but llama.cpp's {arch.name} always has"
-                f" {quoted(value)}: this model cannot be written as GGUF"
-            )
+        if config.get(name) is not None:
+            _refuse(name, config[name], value, arch.name)
     if arch.name == "llama" and "sliding_attention" in (config.get("layer_types") or []):
         raise CheckpointError("config.json: layer_types has sliding attention, which llama.cpp's llama does not have")
+
+
+def _refuse(name: str, value: Any, built_in: Any, what: str) -> None:
+    if value != built_in:
+        raise CheckpointError(
+            f"config.json: {name} is {quoted(value)}, but llama.cpp's {what} always has {quoted(built_in)}:"
+            " this model cannot be written as GGUF"
+        )
 
 
 def _scaling(config: dict[str, Any]) -> dict[str, Any]:
@@ -177,34 +192,28 @@ def _scaling_keys(config: dict[str, Any], values: dict[str, Any]) -> Keys:
     kind = _kind(scaling)
     if kind in ("default", "llama3"):
         return {}
-    if kind == "longrope":
-        original = _scaling_original(scaling, values)
+    if kind == "longrope" and "original_max_position_embeddings" in values:
+        original = values["original_max_position_embeddings"]
         ratio = values["max_position_embeddings"] / original
         factor = math.sqrt(1 + math.log(ratio) / math.log(original)) if ratio > 1 else 1.0
         return {"rope.scaling.type": ("string", kind), "rope.scaling.attn_factor": ("float32", factor)}
     if kind not in ("linear", "yarn"):
         raise CheckpointError(
-            f"config.json: rope scaling {quoted(kind)} cannot be written as GGUF;"
-            " supported are linear, yarn, llama3 and longrope"
+            f"config.json: rope scaling {quoted(kind)} cannot be written as GGUF for {config.get('model_type')};"
+            " supported are linear and yarn, llama3 for llama's kin, longrope for phi3"
         )
     keys: Keys = {
         "rope.scaling.type": ("string", kind),
         "rope.scaling.factor": ("float32", _positive("rope_scaling.factor", scaling.get("factor"))),
     }
     if kind == "yarn":
-        for name in ("mscale", "mscale_all_dim"):
-            if scaling.get(name):
-                raise CheckpointError(f"config.json: rope_scaling.{name} cannot be written as GGUF")
-        keys["rope.scaling.original_context_length"] = ("uint32", _scaling_original(scaling, {}))
-        for name, key in YARN_KEYS.items():
+        # mlx-lm takes 4096 where config.json says nothing.
+        original = scaling.get("original_max_position_embeddings", 4096)
+        name = "rope_scaling.original_max_position_embeddings"
+        keys["rope.scaling.original_context_length"] = ("uint32", _integer(name, original))
+        for name, (key, built_in) in YARN.items():
             if scaling.get(name) is not None:
-                keys[key] = ("float32", _positive(f"rope_scaling.{name}", scaling[name]))
+                _refuse(f"rope_scaling.{name}", scaling[name], built_in, "yarn")
+                if key:
+                    keys[key] = ("float32", built_in)
     return keys
-
-
-def _scaling_original(scaling: dict[str, Any], values: dict[str, Any]) -> int:
-    # mlx-lm takes 4096 where config.json says nothing.
-    default = values.get("original_max_position_embeddings", 4096)
-    return _integer(
-        "rope_scaling.original_max_position_embeddings", scaling.get("original_max_position_embeddings") or default
-    )
