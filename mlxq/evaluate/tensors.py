@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.evaluate.bounds import expected_rmse, largest_rmse, smallest_step
+from mlxq.evaluate.bounds import expected_rmse, largest_rmse, precision, smallest_step
 from mlxq.formats.floats import all_finite, dtype_of, to_float32
 from mlxq.types import CancelToken, QuantSpec, TensorInfo
 
@@ -89,10 +89,10 @@ def tensor_errors(source: ParameterMap, result: ParameterMap, cancel: CancelToke
             continue
         exact = same_format(source.tensors[name], info)
         if exact and _same_bits(source, result, info, cancel):
-            errors.append(TensorError(name, 0.0, info.spec, exact))
+            errors.append(TensorError(name, 0.0, precision(info), exact))
             continue
         rmse, negligible = _relative_rmse(source, result, info, cancel)
-        errors.append(TensorError(name, rmse, info.spec, exact, negligible and not exact))
+        errors.append(TensorError(name, rmse, precision(info), exact, negligible and not exact))
     return sorted(errors, key=lambda e: (-e.excess, -e.rmse if math.isfinite(e.rmse) else -math.inf))
 
 

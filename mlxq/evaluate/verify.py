@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxq.architectures.arguments import effective
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import context_length
@@ -135,7 +136,7 @@ def verify(
         vocabulary = _vocabulary(parameters.checkpoint)
         predicts = better_than_chance(divergence.nll_source, vocabulary)
         bound = kl_bound(tensors, exact, predicts=predicts)
-        difference = config_difference(parameters.checkpoint.config, checkpoint.config)
+        difference = _config_difference(parameters.checkpoint, checkpoint)
         reason = failure(difference, divergence, bound, bpw, errors)
         notes += remarks(divergence, bound, suspicious, predicts, vocabulary)
     return VerificationResult(
@@ -155,6 +156,14 @@ def verify(
         seconds=time.perf_counter() - began,
         peak_memory=peak_memory(),
     )
+
+
+def _config_difference(source: Checkpoint, result: Checkpoint) -> str:
+    """`config_difference`; where a GGUF file is involved, of what is computed: it says little else."""
+    configs = source.config, result.config
+    if "gguf" in (source.kind, result.kind) and source.kind != result.kind:
+        configs = effective(source.config), effective(result.config)
+    return config_difference(*configs)
 
 
 class _Comparison:
