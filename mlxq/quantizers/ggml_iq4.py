@@ -43,16 +43,12 @@ class _Values:
 
 
 _GRID = _Values()
-#: By whether there is importance.
-_SEARCHES = {
-    False: BlockSearch(31, 1.1, tuple(range(-8, 9, 2)), rounds=1),
-    True: BlockSearch(31, 1.1, tuple(range(-8, 9, 2)), (0.85, 0.95, 1.05), rounds=2),
-}
-#: Where the weight of largest magnitude may lie, beyond the lowest value.
-_LEVELS = tuple(4.0 * i for i in range(-8, 8))
+_SEARCH = BlockSearch(31, 1.2, (-4, -2, 0, 2, 4), (0.8, 0.88, 0.96, 1.02, 1.1), rounds=1)
+#: IQ4_NL: what the weight of largest magnitude becomes, as part of the lowest value; below 0 of the other sign.
+_FACTORS = (1.0, 1.06, 1.12, 0.93, 0.86, -1.05, -0.99, -0.93, -0.87, -0.8)
 
 
-def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, *, backend: str = "numpy") -> np.ndarray:
+def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, backend: str = "numpy") -> np.ndarray:
     """Encode rows of weights.
 
     Args:
@@ -71,11 +67,10 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, *, 
     blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
     if name == "IQ4_NL":
         check_range(w, name, _GRID, 1)
-        for part, d, codes in encoded_groups(w, importance, _GRID, _LEVELS, backend):
+        for part, d, codes in encoded_groups(w, importance, _GRID, _FACTORS, backend):
             blocks[part] = pack(IQ4Blocks(d, codes), name)
         return blocks.reshape(w.shape[0], -1)
-    search = _SEARCHES[importance is not None]
-    check_range(w, name, _GRID, search.top)
-    for part, d, scales, codes in encoded_blocks(w, importance, _GRID, search, 256 // SUB_BLOCK, backend):
+    check_range(w, name, _GRID, _SEARCH.top)
+    for part, d, scales, codes in encoded_blocks(w, importance, _GRID, _SEARCH, 256 // SUB_BLOCK, backend):
         blocks[part] = pack(IQ4Blocks(d, codes, scales), name)
     return blocks.reshape(w.shape[0], -1)

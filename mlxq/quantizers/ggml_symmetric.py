@@ -72,19 +72,18 @@ class BlockSearch:
 
 
 _GRIDS = {"Q4_0": Uniform(-8, 7), "Q5_0": Uniform(-16, 15), "Q3_K": Uniform(-4, 3), "Q6_K": Uniform(-32, 31)}
-_Q6_K = BlockSearch(127, 1.1, tuple(range(-1, 11)))
+#: By type, and whether there is importance: with it ggml's own search is the closer one.
 _SEARCHES = {
-    # By type, and whether there is importance: with it ggml's own search is the closer one.
-    ("Q3_K", False): BlockSearch(31, 1.1, tuple(range(-8, 5, 2)), rounds=1),
-    ("Q3_K", True): BlockSearch(31, 1.1, tuple(range(-8, 9, 2)), (0.75, 0.85, 0.95, 1.05), rounds=2),
-    ("Q6_K", False): _Q6_K,
-    ("Q6_K", True): _Q6_K,
+    ("Q3_K", False): BlockSearch(31, 1.2, (-4, -2, 0, 2, 4), rounds=1),
+    ("Q3_K", True): BlockSearch(31, 1.3, (-8, -6, -4, -2, 0, 2, 4, 6, 8), (0.75, 0.9, 1.05), rounds=2),
+    ("Q6_K", False): BlockSearch(127, 1.2, tuple(range(-1, 9))),
+    ("Q6_K", True): BlockSearch(127, 1.2, tuple(range(-2, 11))),
 }
-#: Where the weight of largest magnitude may lie, in steps beyond the end of the grid.
-GROUP_LEVELS = tuple(0.3 * i for i in range(-6, 6))
+#: Q4_0, Q5_0: what the weight of largest magnitude becomes, as part of the lowest code; below 0 of the other sign.
+_FACTORS = (1.0, 1.07, 1.14, 0.94, 0.88, 0.83, -1.1, -1.02, -0.94, -0.86, -0.78)
 
 
-def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, *, backend: str = "numpy") -> np.ndarray:
+def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, backend: str = "numpy") -> np.ndarray:
     """Encode rows of weights.
 
     Args:
@@ -111,7 +110,7 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, *, 
             _reference(w.reshape(-1, 32)[start : start + _CHUNK], name, blocks[start : start + _CHUNK])
     else:
         check_range(w, name, _GRIDS[name], 1)
-        for part, d, codes in encoded_groups(w, importance, _GRIDS[name], GROUP_LEVELS, backend):
+        for part, d, codes in encoded_groups(w, importance, _GRIDS[name], _FACTORS, backend):
             _store(d, codes, name, blocks[part])
     return blocks.reshape(w.shape[0], -1)
 
@@ -147,10 +146,10 @@ def encoded_blocks(
 
 
 def encoded_groups(
-    w: np.ndarray, importance: np.ndarray | None, grid: Any, levels: tuple[float, ...], backend: str
+    w: np.ndarray, importance: np.ndarray | None, grid: Any, factors: tuple[float, ...], backend: str
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Search groups of 32 that have a `d` each: their range, `d` float16 `[n]`, codes uint8 `[n, 32]`."""
-    for part, outputs in _searched(w, importance, 32, 1, backend, _search_groups, grid, levels):
+    for part, outputs in _searched(w, importance, 32, 1, backend, _search_groups, grid, factors):
         d, values = outputs
         yield part, d[0].astype(np.float16), _in_order(grid.codes(values))
 
@@ -180,6 +179,19 @@ class _Choice(NamedTuple):
     qx: Any
 
 
+def _sums(tile: Any, values: Any) -> tuple[Any, Any]:
+    """The sums `qq` of `w q^2` and `qx` of `w q x` over each group, `[n_groups, n]`."""
+    x, w = tile.x, tile.w
+    if tile.xp is not np:
+        wq = values if w is None else w * values
+        return (wq * values).sum(axis=0), (wq * x).sum(axis=0)
+    flat = (len(x), -1)
+    operands = () if w is None else (w.reshape(flat),)
+    q, x = values.reshape(flat), x.reshape(flat)
+    products = ",".join(["ij"] * (len(operands) + 2)) + "->j"
+    return tuple(np.einsum(products, *operands, q, other).reshape(tile.x.shape[1:]) for other in (q, x))
+
+
 def _extreme(tile: Any) -> Any:
     """The weight of largest magnitude of each group, with its sign."""
     high, low = tile.x.max(axis=0), tile.x.min(axis=0)
@@ -197,7 +209,7 @@ def _search_blocks(tile: Any, grid: Any, search: BlockSearch) -> tuple[Any, Any,
 
     def tried(sc: Any) -> _Choice:
         s = d * sc
-        _, qq, qx = tile.moments(grid.nearest(tile, 1 / s))
+        qq, qx = _sums(tile, grid.nearest(tile, 1 / s))
         return _Choice(sc, s * (s * qq - 2 * qx), qq, qx)
 
     base = xp.clip(xp.round(ideal / d), 1, search.top)
@@ -229,14 +241,14 @@ def _fit(xp: Any, best: _Choice, d: Any) -> Any:
     return _to_float16(xp, xp.where(qq > _TINY, qx / xp.maximum(qq, _TINY), d))
 
 
-def _search_groups(tile: Any, grid: Any, levels: tuple[float, ...]) -> tuple[Any, Any]:
+def _search_groups(tile: Any, grid: Any, factors: tuple[float, ...]) -> tuple[Any, Any]:
     """`d` `[1, n]` and the grid's values `[group, 1, n]` of each group."""
     xp = tile.xp
     extreme = _extreme(tile)
     inverse = xp.where(abs(extreme) > _TINY, grid.low / extreme, 0.0) if xp is not np else _quotient(grid.low, extreme)
     best = d = None
-    for level in levels:
-        _, qq, qx = tile.moments(grid.nearest(tile, inverse * (1 + level / -grid.low)))
+    for factor in factors:
+        qq, qx = _sums(tile, grid.nearest(tile, inverse * factor))
         fitted = qx / xp.maximum(qq, _TINY)
         gain = fitted * qx
         if best is None:
@@ -246,8 +258,7 @@ def _search_groups(tile: Any, grid: Any, levels: tuple[float, ...]) -> tuple[Any
             best, d = xp.where(better, gain, best), xp.where(better, fitted, d)
     for _ in range(2):
         d = _signed_float16(xp, d)
-        values = grid.nearest(tile, 1 / d)
-        _, qq, qx = tile.moments(values)
+        qq, qx = _sums(tile, grid.nearest(tile, 1 / d))
         d = xp.where(qq > _TINY, qx / xp.maximum(qq, _TINY), d)
     d = _signed_float16(xp, d)
     return xp.where(abs(extreme) > 0, d, 0.0), grid.nearest(tile, 1 / d)
