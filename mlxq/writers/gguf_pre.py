@@ -13,10 +13,12 @@ from mlxq.writers.tokenizer_files import TokenizerFiles
 
 
 def pre_name(files: TokenizerFiles, asked: str | None = None) -> str:
-    """The name, never guessed: asked for, proven by ids, or read off the expressions.
+    """The name, never guessed.
 
-    In order: `asked`; the name in the GGUF file that the tokenizer was made from, if that splits the same way;
-    llama.cpp's table of hashes; the name whose expressions are exactly the tokenizer's.
+    In order: `asked`; of the names whose expressions are exactly the tokenizer's, the one that the GGUF file had which
+    the tokenizer was made from, or the one that the hash of the ids gives, or the usual one; else the name that the
+    hash gives. Expressions come first because a vocabulary can give the check's text the same ids under two ways of
+    splitting: SmolLM2's has no merges across digits.
 
     Raises:
         CheckpointError: none of these gives one.
@@ -32,7 +34,7 @@ def pre_name(files: TokenizerFiles, asked: str | None = None) -> str:
     if isinstance(source, dict) and source.get("pre") in names:
         return source["pre"]
     by_hash = hashed_name(files)
-    if by_hash is not None:
+    if by_hash is not None and (by_hash in names or not names):
         return by_hash
     if names:
         return names[0]
