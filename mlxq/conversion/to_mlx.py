@@ -30,6 +30,7 @@ def to_mlx(job: Job, options: PlanOptions) -> ConversionResult:
             float_modules=parameters.float_modules,
             cast_protected=parameters.cast_protected,
             dropped=parameters.dropped,
+            model_dtype=checkpoint.config.get("torch_dtype"),
         )
         if job.on_plan:
             job.on_plan(plan)
@@ -59,6 +60,7 @@ def to_mlx(job: Job, options: PlanOptions) -> ConversionResult:
                     files=dict(sorted(files.items())),
                     verification=verification.to_dict() if verification else None,
                     notes=notes,
+                    errors=target.errors.relative_rmse,
                 ),
             )
             stage.commit()

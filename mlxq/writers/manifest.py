@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
+from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -34,8 +36,13 @@ def manifest_json(
     files: dict[str, str],
     verification: dict[str, Any] | None,
     notes: list[str],
+    errors: Mapping[str, float] | None = None,
 ) -> bytes:
-    """The manifest's bytes. It holds no times and no paths of the machine, so equal inputs give equal bytes."""
+    """The manifest's bytes. It holds no times and no paths of the machine, so equal inputs give equal bytes.
+
+    `errors` are the relative RMSEs that writing a tensor was measured to cause, by its name. Where there is none,
+    a repacked or kept tensor is what it was in the source; a quantized one is not measured here.
+    """
     content = {
         "schema": SCHEMA,
         "source": source,
@@ -48,13 +55,19 @@ def manifest_json(
         "notes": notes,
         "dropped": list(plan.dropped),
         "files": files,
-        "tensors": [_tensor(p, plan.nbytes_by_name[p.info.name]) for p in plan.tensors],
+        "tensors": [
+            _tensor(p, plan.nbytes_by_name[p.info.name], (errors or {}).get(p.info.name)) for p in plan.tensors
+        ],
     }
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def _tensor(p: TensorPlan, nbytes: int) -> dict[str, Any]:
+def _tensor(p: TensorPlan, nbytes: int, error: float | None) -> dict[str, Any]:
     out: dict[str, Any] = {"name": p.info.name, "shape": list(p.info.shape), "from": p.info.dtype, "action": p.action}
     if p.spec:
         out |= {"bits": p.spec.bits, "group_size": p.spec.group_size, "mode": p.spec.mode}
-    return out | {"dtype": p.dtype, "bytes": nbytes, "reason": p.reason}
+    out |= {"dtype": p.dtype, "bytes": nbytes, "reason": p.reason}
+    if p.action in ("repack", "keep"):
+        error = error or 0.0
+    # Infinite where all weights were 0 and are not any more; JSON has no word for that.
+    return out if error is None else out | {"relative_error": float(f"{error:.6g}") if math.isfinite(error) else None}

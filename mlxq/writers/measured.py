@@ -12,7 +12,8 @@ class MeasuredErrors:
     """Relative root mean square errors by tensor."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[float, float]] = {}
+        #: Squares of errors and of weights, of each chunk: added up at the end, exactly, since threads know no order.
+        self._sums: dict[str, tuple[list[float], list[float]]] = {}
         self._lock = threading.Lock()
 
     def add(self, name: str, w: np.ndarray, w_hat: np.ndarray) -> None:
@@ -21,13 +22,15 @@ class MeasuredErrors:
         w = w.ravel()
         error, size = float(np.vdot(difference, difference)), float(np.vdot(w, w))
         with self._lock:
-            before = self._sums.get(name, (0.0, 0.0))
-            self._sums[name] = (before[0] + error, before[1] + size)
+            errors, sizes = self._sums.setdefault(name, ([], []))
+            errors.append(error)
+            sizes.append(size)
 
     @property
     def relative_rmse(self) -> dict[str, float]:
         """Relative RMSE of each tensor that was counted; 0 where nothing changed."""
+        sums = {name: (math.fsum(errors), math.fsum(sizes)) for name, (errors, sizes) in self._sums.items()}
         return {
             name: math.sqrt(error / size) if size else (math.inf if error else 0.0)
-            for name, (error, size) in self._sums.items()
+            for name, (error, size) in sums.items()
         }

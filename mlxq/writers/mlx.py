@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,27 @@ import numpy as np
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.config import to_json
 from mlxq.errors import FormatError
-from mlxq.formats import floats
+from mlxq.formats import crossings, floats
+from mlxq.plan.dtypes import narrows
 from mlxq.plan.planner import Plan
+from mlxq.plan.recoding import MOST_ADDED, RECODINGS
 from mlxq.quantizers import rtn
 from mlxq.types import DTYPE_NAMES, QuantizedTensor, QuantSpec, TensorPlan
+from mlxq.writers.measured import MeasuredErrors
 from mlxq.writers.safetensors import Entry, SafetensorsWriter
 from mlxq.writers.stream import CHUNK_WEIGHTS
 
 
 class MlxTarget:
-    """The weights of an MLX directory. `notes()` afterwards says what rounding kept tensors cost."""
+    """The weights of an MLX directory.
+
+    `errors` gathers what repacking, requantizing and keeping changed; `notes()` afterwards says it in lines.
+    """
 
     def __init__(self, parameters: ParameterMap, plan: Plan):
         self.parameters = parameters
         self.plan = plan
-        self._rounding: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self.errors = MeasuredErrors()
 
     def open(self, directory: Path) -> SafetensorsWriter:
         return SafetensorsWriter(directory, [entries(p) for p in self.plan.tensors])
@@ -49,7 +54,7 @@ class MlxTarget:
     ) -> Iterator[tuple[np.ndarray, ...]]:
         """The arrays of these rows, one after another where a row alone is large (one expert of a stack)."""
         if plan.action == "repack":
-            yield _arrays(self.parameters.read_quantized(plan.info.name, rows))
+            yield _arrays(self._repack(plan, self.parameters.read_quantized(plan.info.name, rows)))
             return
         w = self.parameters.read(plan.info.name, rows)
         if plan.spec is None:
@@ -59,10 +64,26 @@ class MlxTarget:
         step = max(CHUNK_WEIGHTS // matrix.shape[1], 1)
         for start in range(0, len(matrix), step):
             check()
-            yield _arrays(rtn.quantize(matrix[start : start + step], plan.spec, plan.dtype))
+            part = matrix[start : start + step]
+            q = rtn.quantize(part, plan.spec, plan.dtype)
+            if plan.action == "requantize":
+                self._measure(plan, floats.to_float32(part, floats.dtype_of(part)), crossings.dequantize(q))
+            yield _arrays(q)
+
+    def _repack(self, plan: TensorPlan, q: QuantizedTensor) -> QuantizedTensor:
+        """The same codes, with scales and biases in the planned float type."""
+        if q.dtype == plan.dtype:
+            return q
+        parts = [floats.from_float32(floats.to_float32(a, q.dtype), plan.dtype) for a in (q.scales, q.biases)]
+        if not all(floats.all_finite(a) for a in parts):
+            raise FormatError(f"the scales exceed the range of {DTYPE_NAMES[plan.dtype]}; choose another --dtype")
+        cast = replace(q, scales=parts[0], biases=parts[1], dtype=plan.dtype)
+        if narrows(q.dtype, plan.dtype):
+            self._measure(plan, crossings.dequantize(q), crossings.dequantize(cast))
+        return cast
 
     def _cast(self, plan: TensorPlan, w: np.ndarray) -> np.ndarray:
-        """A kept tensor in its stored dtype; what rounding changes is noted."""
+        """A kept tensor in its stored dtype."""
         if not floats.all_finite(w):
             raise FormatError("a weight is NaN or infinite")
         dtype = floats.dtype_of(w)
@@ -72,26 +93,57 @@ class MlxTarget:
         cast = floats.from_float32(exact, plan.dtype)
         if not floats.all_finite(cast):
             raise FormatError(f"the weights exceed the range of {plan.dtype}; choose another --dtype")
-        largest = np.abs(exact).max(initial=0)
-        error = np.abs(floats.to_float32(cast, plan.dtype) - exact).max(initial=0) / largest if largest else 0.0
-        with self._lock:
-            self._rounding[plan.info.name] = max(self._rounding.get(plan.info.name, 0.0), float(error))
+        self._measure(plan, exact, floats.to_float32(cast, plan.dtype))
         return cast
+
+    def _measure(self, plan: TensorPlan, w: np.ndarray, w_hat: np.ndarray) -> None:
+        """Count what these rows lost; with `exact` they must not have lost anything."""
+        if self.plan.exact and not np.array_equal(w, w_hat):
+            stored = DTYPE_NAMES[plan.dtype]
+            raise FormatError(f"--exact: rounding to {stored} changes its weights: use --dtype float32")
+        self.errors.add(plan.info.name, w, w_hat)
 
     def notes(self) -> list[str]:
         """What was lost beside the quantization that was asked for; to be read when all is written."""
-        rounded = {name: error for name, error in self._rounding.items() if error}
-        if not rounded:
+        errors = self.errors.relative_rmse
+        stored = DTYPE_NAMES[self.plan.dtype]
+        lost = {
+            "keep": f"kept and rounded to {stored}",
+            "repack": f"repacked, the same codes with scales rounded to {stored}",
+            "requantize": "requantized",
+        }
+        notes = []
+        for action, what in lost.items():
+            changed = [p.info.name for p in self.plan.tensors if p.action == action and errors.get(p.info.name)]
+            if changed:
+                worst = max(changed, key=lambda n: errors[n])
+                notes.append(f"{_counted(changed)} {what}; relative error up to {errors[worst]:.2g}, in {worst}")
+        return notes + self._beyond_bound(errors)
+
+    def _beyond_bound(self, errors: dict[str, float]) -> list[str]:
+        """Names the tensors that a new format changed by more than the share of their type's own error it may add."""
+        beyond = {}
+        for p in self.plan.tensors:
+            recoding = RECODINGS.get(p.info.dtype)
+            if p.action == "requantize" and recoding is not None and recoding.spec.bits == p.spec.bits:
+                ratio = errors.get(p.info.name, 0.0) / recoding.bound
+                if ratio > 1:
+                    beyond[p.info.name] = ratio
+        if not beyond:
             return []
-        worst = max(rounded, key=lambda n: rounded[n])
+        worst = max(beyond, key=lambda n: beyond[n])
         return [
-            f"{len(rounded)} kept tensors were rounded to {self.plan.dtype}; the largest error is "
-            f"{rounded[worst]:.1e} of the tensor's maximum, in {worst}"
+            f"{_counted(beyond)} lost more by it than half the usual error of the source's type: up to "
+            f"{MOST_ADDED * beyond[worst]:.2g} times that error, in {worst}; --tensor-type gives more bits"
         ]
 
 
 def _arrays(q: QuantizedTensor) -> tuple[np.ndarray, ...]:
     return q.w_q, q.scales, q.biases
+
+
+def _counted(names: Collection[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
 
 
 def entries(plan: TensorPlan) -> list[Entry]:

@@ -114,7 +114,8 @@ def test_quantized_source_is_repacked_unless_something_else_is_asked():
     other = make_plan(quantized_source(), PlanOptions(bits=4, group_size=64)).tensors[0]
     assert (other.action, other.spec) == ("requantize", QuantSpec(4, 64))
     cast = make_plan(quantized_source(), PlanOptions(dtype="bfloat16")).tensors[0]
-    assert (cast.action, cast.dtype) == ("requantize", "BF16")
+    assert (cast.action, cast.dtype) == ("repack", "BF16")
+    assert "scales rounded from float16 to bfloat16" in cast.reason
 
 
 def kept(norm_dtype, **options):
