@@ -123,6 +123,14 @@ ZOO: dict[str, dict[str, Any]] = {
     "granite tied biases": _model("granite", GRANITE, TIED, attention_bias=True, mlp_bias=True),
     "starcoder2": _model("starcoder2", norm_epsilon=1e-4),
     "starcoder2 tied": _model("starcoder2", TIED),
+    "olmoe": _model("olmoe", num_key_value_heads=4, num_experts=8, num_experts_per_tok=3, norm_topk_prob=False),
+    "cohere": _model("cohere", layer_norm_eps=1e-5, logit_scale=0.5, use_qk_norm=False),
+    # Five layers are one more than a period of sliding and full attention, which is not rotated.
+    "cohere2": _model("cohere2", num_hidden_layers=5, head_dim=16, logit_scale=0.5, sliding_window=8),
+    "glm4": _model("glm4", head_dim=16, attention_bias=False, partial_rotary_factor=0.5),
+    "glm4 biases": _model("glm4", head_dim=16, attention_bias=True, partial_rotary_factor=1.0),
+    "exaone": _model("exaone", num_layers=3, layer_norm_epsilon=1e-5),
+    "exaone tied llama3": _model("exaone", TIED, num_layers=3, layer_norm_epsilon=1e-5, rope_scaling=LLAMA3),
     "gpt2": {
         "model_type": "gpt2",
         "n_embd": 64,

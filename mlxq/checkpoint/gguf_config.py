@@ -76,10 +76,10 @@ def build_config(
         if value is not None:
             config[field.name] = value
     for name in arch.biases:
-        config[name] = f"{arch.layers}.0.{BIASED[name]}.bias" in shapes
+        config[name] = f"{arch.layers}.0.{arch.layer[BIASED[name]]}.bias" in shapes
     config |= BUILT_IN.get(arch.model_type, {})
-    layers = _count_layers(metadata, arch, shapes)
-    _RULES.get(arch.model_type, _transformer_rules)(metadata, config, layers)
+    _check_layers(metadata, arch, shapes)
+    _RULES.get(arch.model_type, _transformer_rules)(metadata, config)
     if arch.rope_tensors:
         scaling = _rope_scaling(metadata, config, read_rope)
         if scaling is not None:
@@ -102,7 +102,7 @@ def _value(metadata: Metadata, field: Field, config: dict[str, Any]) -> int | fl
     return metadata.positive(field.key, absent)
 
 
-def _count_layers(metadata: Metadata, arch: GgufArchitecture, shapes: dict[str, tuple[int, ...]]) -> int:
+def _check_layers(metadata: Metadata, arch: GgufArchitecture, shapes: dict[str, tuple[int, ...]]) -> None:
     start = arch.layers + "."
     n_layers = len({name[len(start) :].split(".")[0] for name in shapes if name.startswith(start)})
     if metadata.integer("block_count") != n_layers:
@@ -110,11 +110,9 @@ def _count_layers(metadata: Metadata, arch: GgufArchitecture, shapes: dict[str, 
             f"{metadata.path}: {metadata.arch}.block_count is {metadata.integer('block_count')}, but the file has "
             f"tensors of {n_layers} blocks"
         )
-    return n_layers
 
 
-def _transformer_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
-    config["num_hidden_layers"] = layers
+def _transformer_rules(metadata: Metadata, config: dict[str, Any]) -> None:
     head_dim = metadata.integer("attention.key_length", max(config["hidden_size"] // config["num_attention_heads"], 1))
     if metadata.integer("attention.value_length", head_dim) != head_dim:
         raise CheckpointError(f"{metadata.path}: attention.key_length and attention.value_length differ")
@@ -122,13 +120,13 @@ def _transformer_rules(metadata: Metadata, config: dict[str, Any], layers: int) 
     config["hidden_act"] = ACTIVATIONS.get(config["model_type"], "silu")
 
 
-def _gemma2_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
-    _transformer_rules(metadata, config, layers)
+def _gemma2_rules(metadata: Metadata, config: dict[str, Any]) -> None:
+    _transformer_rules(metadata, config)
     config["query_pre_attn_scalar"] = query_scalar(config)
 
 
-def _gemma3_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
-    _gemma2_rules(metadata, config, layers)
+def _gemma3_rules(metadata: Metadata, config: dict[str, Any]) -> None:
+    _gemma2_rules(metadata, config)
     config["sliding_window_pattern"] = metadata.integer("attention.sliding_window_pattern", SLIDING_PATTERN)
 
 
@@ -143,13 +141,12 @@ def query_scalar(config: dict[str, Any]) -> int:
     return config["head_dim"]
 
 
-def _phi3_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
-    _transformer_rules(metadata, config, layers)
+def _partial_rules(metadata: Metadata, config: dict[str, Any]) -> None:
+    _transformer_rules(metadata, config)
     config["partial_rotary_factor"] = metadata.integer("rope.dimension_count", config["head_dim"]) / config["head_dim"]
 
 
-def _gpt2_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None:
-    config["n_layer"] = layers
+def _gpt2_rules(metadata: Metadata, config: dict[str, Any]) -> None:
     config["n_ctx"] = config["n_positions"]
     inner = metadata.integer("feed_forward_length", 4 * config["n_embd"])
     if inner != 4 * config["n_embd"]:
@@ -163,7 +160,8 @@ def _gpt2_rules(metadata: Metadata, config: dict[str, Any], layers: int) -> None
 _RULES = {
     "gemma2": _gemma2_rules,
     "gemma3_text": _gemma3_rules,
-    "phi3": _phi3_rules,
+    "phi3": _partial_rules,
+    "glm4": _partial_rules,
     "gpt2": _gpt2_rules,
 }
 

@@ -42,8 +42,9 @@ def _base(default: float, absent: float = 10000.0) -> Field:
     return Field("rope.freq_base", "rope_theta", "float32", default, absent)
 
 
-def _sizes(context: int | None = None) -> tuple[Field, ...]:
+def _sizes(context: int | None = None, layers: str = "num_hidden_layers") -> tuple[Field, ...]:
     return (
+        Field("block_count", layers),
         Field("context_length", "max_position_embeddings", default=context),
         Field("embedding_length", "hidden_size"),
         Field("feed_forward_length", "intermediate_size"),
@@ -64,6 +65,12 @@ def _experts(count: str) -> tuple[Field, ...]:
 def _scale(key: str, name: str, **more: Any) -> Field:
     return Field(key, name, "float32", **more)
 
+
+def _layer_norm(name: str) -> Field:
+    return _scale("attention.layer_norm_epsilon", name, default=1e-5)
+
+
+_LOGIT_SCALE = _scale("logit_scale", "logit_scale", default=0.0625)
 
 #: `model_type` -> its numbers.
 FIELDS: dict[str, tuple[Field, ...]] = {
@@ -119,10 +126,26 @@ FIELDS: dict[str, tuple[Field, ...]] = {
     ),
     "starcoder2": (
         *_sizes(4096),
-        _scale("attention.layer_norm_epsilon", "norm_epsilon", default=1e-5),
+        _layer_norm("norm_epsilon"),
         _base(100000.0),
     ),
+    "olmoe": (*_sizes(4096), _rms(), _base(10000.0), *_experts("num_experts")),
+    "cohere": (*_sizes(8192), _layer_norm("layer_norm_eps"), _base(8e6), _LOGIT_SCALE),
+    "cohere2": (
+        *_sizes(8192),
+        _layer_norm("layer_norm_eps"),
+        _base(50000.0),
+        _LOGIT_SCALE,
+        Field("attention.sliding_window", "sliding_window", default=4096),
+    ),
+    "glm4": (*_sizes(32768), _rms(), _base(10000.0)),
+    "exaone": (
+        *_sizes(2048, layers="num_layers"),
+        _scale("attention.layer_norm_rms_epsilon", "layer_norm_epsilon"),
+        _base(10000.0),
+    ),
     "gpt2": (
+        Field("block_count", "n_layer"),
         Field("context_length", "n_positions"),
         Field("embedding_length", "n_embd"),
         Field("attention.head_count", "n_head"),
@@ -136,11 +159,16 @@ BUILT_IN: dict[str, dict[str, Any]] = {
     # mlx-lm takes the softmax over the chosen experts alone, which normalizes.
     "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     "smollm3": {"no_rope_layer_interval": 4},
+    "olmoe": {"norm_topk_prob": False},
+    "cohere": {"layer_norm_bias": False, "use_qk_norm": False},
+    "cohere2": {"layer_norm_bias": False, "sliding_window_pattern": 4},
 }
+#: Model types that may rotate a part of each head.
+PARTIAL = ("phi3", "glm4")
 #: The activation that Hugging Face's classes are told to use; mlx-lm and llama.cpp know it from the architecture.
 ACTIVATIONS = dict.fromkeys(("gemma", "gemma2", "gemma3_text", "starcoder2"), "gelu_pytorch_tanh")
-#: Setting that gives linear layers a bias -> a layer that then has one.
-BIASED = {"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.gate_proj"}
+#: Setting that gives linear layers a bias -> the GGUF name of one that then has it.
+BIASED = {"attention_bias": "attn_q", "mlp_bias": "ffn_gate"}
 #: Settings of yarn in `config.json` -> their keys and the values that llama.cpp has built in for these architectures.
 YARN: dict[str, tuple[str | None, float]] = {
     "mscale": (None, 1.0),

@@ -53,6 +53,29 @@ _GPT2 = {
 }
 
 
+_GLM4 = {
+    **_ATTENTION,
+    **_PRE_NORMS,
+    "post_attention_norm": "post_self_attn_layernorm",
+    "ffn_up": "mlp.gate_up_proj",
+    "ffn_down": "mlp.down_proj",
+    "post_ffw_norm": "post_mlp_layernorm",
+}
+_EXAONE = {
+    "attn_norm": "ln_1",
+    "attn_q": "attn.attention.q_proj",
+    "attn_k": "attn.attention.k_proj",
+    "attn_v": "attn.attention.v_proj",
+    "attn_output": "attn.attention.out_proj",
+    "ffn_norm": "ln_2",
+    "ffn_gate": "mlp.c_fc_0",
+    "ffn_up": "mlp.c_fc_1",
+    "ffn_down": "mlp.c_proj",
+}
+#: Attention and MLP side by side, behind one norm.
+_COHERE = {**_ATTENTION, **_MLP, "attn_norm": "input_layernorm"}
+
+
 def _experts(block: str) -> dict[str, str]:
     """A router and three stacks `[experts, out_features, in_features]`."""
     stacks = {f"ffn_{p}_exps": f"{block}.switch_mlp.{p}_proj" for p in ("gate", "up", "down")}
@@ -141,6 +164,25 @@ _TABLE = (
         "starcoder2",
         "Starcoder2ForCausalLM",
         {**_ATTENTION, **_PRE_NORMS, "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"},
+    ),
+    GgufArchitecture(
+        "olmoe",
+        "olmoe",
+        "OlmoeForCausalLM",
+        {**_ATTENTION, **_PRE_NORMS, **_QK_NORM, **_experts("mlp")},
+        experts=True,
+        never_tied=True,
+    ),
+    GgufArchitecture("command-r", "cohere", "CohereForCausalLM", _COHERE, always_tied=True),
+    GgufArchitecture("cohere2", "cohere2", "Cohere2ForCausalLM", _COHERE, always_tied=True),
+    GgufArchitecture("glm4", "glm4", "Glm4ForCausalLM", _GLM4, biases=("attention_bias",)),
+    GgufArchitecture(
+        "exaone",
+        "exaone",
+        "ExaoneForCausalLM",
+        _EXAONE,
+        top={**_TOP, "token_embd": "transformer.wte", "output_norm": "transformer.ln_f"},
+        layers="transformer.h",
     ),
     GgufArchitecture(
         "gpt2",

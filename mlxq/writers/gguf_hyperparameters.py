@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlxq.checkpoint.gguf_config import SLIDING_PATTERN, llama3_divisors, query_scalar
-from mlxq.checkpoint.gguf_fields import BUILT_IN, FIELDS, YARN, Field
+from mlxq.checkpoint.gguf_fields import BUILT_IN, FIELDS, PARTIAL, YARN, Field
 from mlxq.checkpoint.gguf_names import GgufArchitecture, architecture_for
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
@@ -34,8 +34,6 @@ def hyperparameters(config: dict[str, Any], arch_name: str, arch: GgufArchitectu
     values = _numbers(config, arch)
     _refuse_settings(config, values, arch)
     keys: Keys = {"vocab_size": ("uint32", _integer("vocab_size", _required(config, "vocab_size", arch)))}
-    layers = "n_layer" if arch.model_type == "gpt2" else "num_hidden_layers"
-    keys["block_count"] = ("uint32", _integer(layers, _required(config, layers, arch)))
     for field in FIELDS[arch.model_type]:
         value = values[field.name]
         # Zero says none.
@@ -143,12 +141,11 @@ def _refuse_settings(config: dict[str, Any], values: dict[str, Any], arch: GgufA
     wanted = dict(BUILT_IN.get(arch.model_type, {}))
     wanted |= {name: False for name in ("attention_bias", "mlp_bias") if name not in arch.biases}
     wanted |= {"rope_traditional": False}
-    if arch.model_type != "phi3":
+    if arch.model_type not in PARTIAL:
         wanted["partial_rotary_factor"] = 1.0
-    layers = config.get("num_hidden_layers")
-    if arch.model_type == "smollm3" and isinstance(layers, int) and config.get("no_rope_layers") is not None:
+    if arch.model_type == "smollm3" and config.get("no_rope_layers") is not None:
         interval = wanted.pop("no_rope_layer_interval")
-        wanted["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(layers)]
+        wanted["no_rope_layers"] = [int((i + 1) % interval != 0) for i in range(values["num_hidden_layers"])]
     if arch.model_type == "olmo2":
         wanted["head_dim"] = values["hidden_size"] // values["num_attention_heads"]
     if arch.model_type == "gpt2":

@@ -27,7 +27,7 @@ from gguf_models import (
 from mlxq.architectures.registry import build_model
 from mlxq.checkpoint.gguf import GgufCheckpoint, unpermuted_rows
 from mlxq.checkpoint.gguf_file import GgufFile
-from mlxq.errors import CheckpointError
+from mlxq.errors import CheckpointError, MlxqError
 from mlxq.formats.affine import unpack
 from mlxq.types import QuantSpec
 
@@ -359,7 +359,7 @@ def test_rope_scaling_keys(tmp_path, numbers, expected):
 )
 def test_metadata_that_is_refused(tmp_path, numbers, message):
     path = write_llama(tmp_path / "m.gguf", llama_weights(), **numbers)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(MlxqError, match=message):
         GgufCheckpoint(path)
 
 
@@ -400,7 +400,7 @@ def test_no_value_of_any_key_gets_past_the_checks(tmp_path, monkeypatch):
                 with GgufCheckpoint(path) as checkpoint:
                     checkpoint.companion_files()
                     assert 0 < checkpoint.config["rope_theta"] < np.inf
-            except CheckpointError as e:
+            except MlxqError as e:
                 refused[key] = str(e)
     assert not any("\n" in message for message in refused.values())
     assert {"split.count", "llama.rope.scaling.type", "tokenizer.ggml.model", "llama.rope.freq_base"} <= refused.keys()
@@ -410,7 +410,7 @@ def test_missing_key_is_named(tmp_path):
     writer = gguf.GGUFWriter(str(tmp_path / "m.gguf"), "llama")
     add_tensor(writer, "token_embd.weight", np.zeros((VOCAB, HIDDEN), np.float32))
     finish(writer)
-    with pytest.raises(CheckpointError, match=r"the metadata lacks llama.context_length"):
+    with pytest.raises(MlxqError, match=r"the metadata lacks llama.block_count"):
         GgufCheckpoint(tmp_path / "m.gguf")
 
 

@@ -77,7 +77,7 @@ def test_config_survives_the_round_trip(name, tmp_path):
     arch_name, arch = architecture_for(config)
     values = {key: value for key, (_, value) in keys_of(config).items()}
     factors = rope_tensors(config)
-    layers = config.get("num_hidden_layers", config.get("n_layer"))
+    layers = next(config[field.name] for field in FIELDS[arch.model_type] if field.key == "block_count")
     hidden = config.get("hidden_size", config.get("n_embd"))
     shapes = {f"{arch.layers}.{i}.any.weight": (1,) for i in range(layers)}
     shapes[f"{arch.top['token_embd']}.weight"] = (VOCAB, hidden)
