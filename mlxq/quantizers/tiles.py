@@ -41,11 +41,11 @@ class NumpyTile:
         if self.w is not None:
             np.multiply(self.w, self.x, out=self._wx)
 
-    def round(self, inverse: np.ndarray, offset: np.ndarray | None, low: int, high: int) -> np.ndarray:
+    def round(self, inverse: np.ndarray, offset: np.ndarray | float | None, low: int, high: int) -> np.ndarray:
         """`x * inverse + offset` to the nearest integer (ties to even) between `low` and `high`.
 
         Args:
-            inverse, offset: float32 `[n_groups, n]`.
+            inverse, offset: float32 `[n_groups, n]`; `offset` may be one number, or None for 0.
 
         Returns:
             float32 `[group, n_groups, n]`, good until the next call.
