@@ -221,7 +221,7 @@ def _unlike(a: ParameterMap, b: ParameterMap) -> str:
     wrong = [n for n in names if shapes[n][0] != shapes[n][1]]
     if len(wrong) <= _UNLIKE * len(names):
         return ""
-    settings = [d for d in compare_configs(a.checkpoint.config, b.checkpoint.config) if isinstance(d.a, int)]
+    settings = [d for d in compare_configs(a.checkpoint.config, b.checkpoint.config) if isinstance(d.a, (int, float))]
     because = f"{', '.join(map(str, settings))}; " if settings else ""
     sizes = (" x ".join(map(str, s)) if s else "absent" for s in shapes[wrong[0]])
     return f"not the same model: {because}{len(wrong)} of {len(names)} tensors, such as {wrong[0]}: {' / '.join(sizes)}"

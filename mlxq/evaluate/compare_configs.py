@@ -1,8 +1,8 @@
 """Two configurations of one model: which settings change what is computed, and differ.
 
-mlx-lm's `ModelArgs` says what an architecture reads, with the values that hold where a setting is left out; those are
-compared, whoever spelled them. Of the settings that it does not read (another runtime may), those are compared that
-both sides name: a GGUF knows but some of them. Numbers are the same when they are so in float32, as GGUF stores them.
+What mlx-lm computes with is compared (`architectures.arguments.effective`), whoever spelled it and how. Of the settings
+that mlx-lm does not read (another runtime may), those are compared that both sides name: a GGUF knows but some of them.
+Numbers are the same when they are so in float32, as GGUF stores them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxq.architectures.arguments import effective
 from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import to_json
@@ -24,7 +25,7 @@ from mlxq.checkpoint.config import to_json
 _IGNORED = frozenset(
     {
         "architectures", "auto_map", "dtype", "id2label", "initializer_range", "label2id", "model_type",
-        "model_file", "pretraining_tp", "problem_type", "quantization", "quantization_config", "rope_parameters",
+        "model_file", "pretraining_tp", "problem_type", "quantization", "quantization_config",
         "torch_dtype", "transformers_version", "use_cache", "vision_config", "audio_config",
     }
 )  # fmt: skip
@@ -65,29 +66,22 @@ def compare_configs(a: dict[str, Any], b: dict[str, Any]) -> tuple[ConfigDiffere
 
     Raises:
         CheckpointError: an architecture that mlx-lm does not know.
-        TypeError, ValueError: a configuration that does not describe a model (`ParameterMap` refuses it too).
+        TypeError, ValueError: a configuration that does not describe a model (`ParameterMap` refuses it).
     """
-    read_a, read_b = _arguments(a), _arguments(b)
+    read_a, read_b = (effective(copy.deepcopy(c)) for c in (a, b))
     found = [
         ConfigDifference(key, read_a.get(key, "absent"), read_b.get(key, "absent"))
         for key in sorted(read_a.keys() | read_b.keys())
         if _counts(key) and not _same(read_a.get(key), read_b.get(key))
     ]
-    shared = (a.keys() & b.keys()) - read_a.keys() - read_b.keys()
-    found += [
-        ConfigDifference(key, a[key], b[key]) for key in sorted(shared) if _counts(key) and not _same(a[key], b[key])
-    ]
+    read = {f.name for c in (a, b) for f in dataclasses.fields(model_classes(c)[1])} - {"rope_parameters"}
+    shared = sorted((a.keys() & b.keys()) - read)
+    found += [ConfigDifference(key, a[key], b[key]) for key in shared if _counts(key) and not _same(a[key], b[key])]
     return tuple(found)
 
 
 def _counts(key: str) -> bool:
     return key not in _IGNORED and not key.startswith("_") and not key.endswith((_TOKENS, _TOKENS + "s"))
-
-
-def _arguments(config: dict[str, Any]) -> dict[str, Any]:
-    """What mlx-lm reads of a configuration, defaults filled in."""
-    arguments = model_classes(config)[1].from_dict(copy.deepcopy(config))
-    return dataclasses.asdict(arguments) if dataclasses.is_dataclass(arguments) else dict(vars(arguments))
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -113,5 +107,6 @@ def _plain(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    # Sizes come back as floats from where all numbers are rounded to float32.
+    text = repr(int(value) if isinstance(value, float) and value.is_integer() else value)
     return text if len(text) <= 60 else f"{text[:57]}..."

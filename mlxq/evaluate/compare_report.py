@@ -58,6 +58,8 @@ def verdict(comparison: Comparison) -> str:
     compared = [f"{len(comparison.tensors)} tensors"] if comparison.tensors is not None else []
     names = {"tokenizer": "token ids", "template": "chat template", "config": "settings"}
     compared += [text for part, text in names.items() if getattr(comparison, part) is not None]
+    if comparison.template is not None and not comparison.template.present_a:
+        compared.remove(names["template"])
     listed = " and ".join(filter(None, (", ".join(compared[:-1]), *compared[-1:])))
     if comparison.identical:
         return f"identical: {listed}" if listed else "identical"
@@ -78,11 +80,17 @@ class _Report:
         self._comparison, self._console = comparison, console
 
     def _line(self, label: str, text: str, style: str = "") -> None:
+        from rich.table import Table
         from rich.text import Text
 
-        # Wrapped at words on a terminal, and not at all in a file.
-        line = Text.assemble((f"{label:<11}", "bold"), (text, style))
-        self._console.print(line, soft_wrap=not self._console.is_terminal)
+        # Wrapped at words, and indented, on a terminal; not at all in a file.
+        name, body = Text(f"{label:<9}", style="bold"), Text(text, style=style, overflow="fold")
+        if self._console.is_terminal:
+            line = Table.grid(padding=(0, 2, 0, 0))
+            line.add_row(name, body)
+            self._console.print(line)
+        else:
+            self._console.print(Text.assemble(name, "  ", body), soft_wrap=True)
 
     def show(self, every: bool) -> None:
         c = self._comparison

@@ -122,18 +122,26 @@ def _token(tokenizer: Any, ids: list[int], at: int) -> str:
 
 def _entries(a: dict[str, int], b: dict[str, int]) -> tuple[int, str, list[str]]:
     """Number of ids with different texts, the first of them, and a note about entries that one side has at its end."""
-    by_id_a, by_id_b = ({i: token for token, i in part.items()} for part in (a, b))
+    by_id_a, by_id_b = (_by_id(part) for part in (a, b))
     shared = range(min(max(by_id_a, default=-1), max(by_id_b, default=-1)) + 1)
     wrong = [i for i in shared if by_id_a.get(i) != by_id_b.get(i)]
     first = ""
     if wrong:
-        texts_of = (_short(part[wrong[0]]) if wrong[0] in part else "no token" for part in (by_id_a, by_id_b))
-        first = f"id {wrong[0]} is {' / '.join(texts_of)}"
+        shown = (" and ".join(map(_short, part.get(wrong[0], ()))) or "no token" for part in (by_id_a, by_id_b))
+        first = f"id {wrong[0]} is {' / '.join(shown)}"
     more = abs(len(by_id_a) - len(by_id_b))
     notes = []
     if more and not wrong:
         notes.append(f"{'A' if len(by_id_a) > len(by_id_b) else 'B'} has {more} more tokens at its end")
     return len(wrong), first, notes
+
+
+def _by_id(vocabulary: dict[str, int]) -> dict[int, tuple[str, ...]]:
+    """Texts by id: usually one, and sorted where there are more."""
+    found: dict[int, tuple[str, ...]] = {}
+    for token, i in vocabulary.items():
+        found[i] = tuple(sorted((*found[i], token))) if i in found else (token,)
+    return found
 
 
 def _special_ids(tokenizer: Any, source: Checkpoint) -> dict[str, Any]:

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+#: Special tokens that are met one by one, and the length of the rows of the others.
+_IN_CONTEXT = 64
+
 #: Kind of text -> texts.
 # fmt: off
 TEXTS: dict[str, tuple[str, ...]] = {
@@ -81,14 +84,18 @@ TEXTS: dict[str, tuple[str, ...]] = {
 
 
 def texts(special: Iterable[str] = ()) -> Iterator[tuple[str, str]]:
-    """Kind and text, one after another; `special` are the texts of special tokens, each put into three more."""
+    """Kind and text, one after another. `special` are the texts of special tokens: the first of them are put between
+    others too, the rest (some models have thousands) are met in long rows."""
     for kind, group in TEXTS.items():
         for text in group:
             yield kind, text
-    for token in special:
+    special = list(special)
+    for token in special[:_IN_CONTEXT]:
         yield "special tokens", token
         yield "special tokens", f"a{token}b"
         yield "special tokens", f" {token}  {token}\n"
+    for start in range(_IN_CONTEXT, len(special), _IN_CONTEXT):
+        yield "special tokens", "".join(special[start : start + _IN_CONTEXT])
 
 
 _SYSTEM = {"role": "system", "content": "You are terse.\nAnswer in French."}
@@ -107,5 +114,4 @@ CONVERSATIONS: dict[str, list[dict[str, Any]]] = {
     "two questions in a row": [_USER, _AGAIN],
     "empty content": [{"role": "user", "content": ""}],
     "a tool's answer": [_USER, {"role": "assistant", "content": "f()"}, {"role": "tool", "content": "4"}],
-    "no messages": [],
 }
