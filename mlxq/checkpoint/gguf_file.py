@@ -7,15 +7,14 @@ Layout, little-endian (source: the GGUF specification in ggml's `docs/gguf.md`, 
     n_tensors times:    name string, n_dims u32, n_dims times u64 (fastest axis first), ggml type u32, offset u64
     padding to the alignment, then the tensors' data; offsets count from here
 
-A string is a u64 length and UTF-8 bytes; an array is an element type u32, a count u64 and the elements. Every length
-and count is held against what is left of the file before anything of that size is allocated, and the data is read
-with `pread`, never mapped, so that memory does not grow with the file.
+Every length and count is held against what is left of the file before anything of that size is allocated, and the
+data is read with `pread`, never mapped, so that memory does not grow with the file.
 """
 
 from __future__ import annotations
 
 import os
-import struct
+import stat
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,32 +22,29 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.errors import CheckpointError
+from mlxq.checkpoint.gguf_header import Header
+from mlxq.checkpoint.safetensors import quoted
+from mlxq.errors import CheckpointError, FormatError
 from mlxq.formats.geometry import BLOCK_FORMATS
 
-#: Metadata and directory together; the largest vocabularies in use need some 20 MB.
-_MAX_HEADER = 1 << 29
-_READ_AHEAD = 1 << 22
 #: Bytes asked for at a time.
 _PIECE = 1 << 20
 _MAX_DIMS = 4
-_STRING, _ARRAY, _BOOL = 8, 9, 7
-#: Value type -> (struct code, NumPy dtype) of the fixed-size ones.
-_SCALARS = {
-    0: ("<B", "u1"),
-    1: ("<b", "i1"),
-    2: ("<H", "<u2"),
-    3: ("<h", "<i2"),
-    4: ("<I", "<u4"),
-    5: ("<i", "<i4"),
-    6: ("<f", "<f4"),
-    _BOOL: ("<?", "u1"),
-    10: ("<Q", "<u8"),
-    11: ("<q", "<i8"),
-    12: ("<d", "<f8"),
+#: Weights of one tensor; file offsets are signed 64-bit numbers.
+_MAX_WEIGHTS = 1 << 60
+_MAX_ALIGNMENT = 1 << 20
+#: Entries of a head; the largest models in use have some 50 000 tensors and 100 keys.
+_MAX_TENSORS, _MAX_KEYS = 1 << 17, 1 << 16
+#: Number in a file -> (name, block_size, type_size), those of tensors that hold no weights too.
+_TYPES = {f.ggml_id: (f.name, f.block_size, f.type_size) for f in BLOCK_FORMATS.values()} | {
+    9: ("Q8_1", 32, 40),
+    15: ("Q8_K", 256, 292),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
 }
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
-_BY_ID = {f.ggml_id: f for f in BLOCK_FORMATS.values()}
 
 
 @dataclass(frozen=True)
@@ -72,17 +68,24 @@ class GgufFile:
         tensors: name -> `GgufTensor`, in file order.
 
     Raises:
-        CheckpointError: not a GGUF file, an unsupported version, truncated, or inconsistent.
+        CheckpointError: the file cannot be opened or read.
+        FormatError: not a GGUF file, an unsupported version, truncated, or inconsistent: the message names the field,
+            its value and the rule.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         try:
-            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+            # Without O_NONBLOCK, a named pipe would wait for its other end.
+            self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))
         except OSError as e:
             raise CheckpointError(f"{self.path}: cannot be opened: {e.strerror}") from e
         try:
-            self.size = os.fstat(self._fd).st_size
+            status = os.fstat(self._fd)
+            if not stat.S_ISREG(status.st_mode):
+                kind = "a directory" if stat.S_ISDIR(status.st_mode) else "no regular file"
+                raise CheckpointError(f"{self.path}: cannot be read: it is {kind}")
+            self.size = status.st_size
             self._parse()
         except BaseException:
             self.close()
@@ -119,59 +122,73 @@ class GgufFile:
         return out
 
     def _parse(self) -> None:
-        header = _Header(self)
-        if header.take(4) != b"GGUF":
-            raise CheckpointError(f"{self.path}: not a GGUF file: it does not begin with the letters GGUF")
-        version = header.u32()
+        header = Header(self.path, self.size, self.read_bytes)
+        if header.take(4, "the magic number") != b"GGUF":
+            raise FormatError(f"{self.path}: not a GGUF file: it does not begin with the letters GGUF")
+        version = header.u32("the version")
         if version not in (2, 3):
             big = " (a big-endian file?)" if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, 2, 3) else ""
-            raise CheckpointError(f"{self.path}: GGUF version {version}{big}: versions 2 and 3 are supported")
-        n_tensors, n_metadata = header.u64(), header.u64()
+            raise FormatError(f"{self.path}: GGUF version {version}{big}: versions 2 and 3 are supported")
+        n_tensors, n_metadata = header.u64("the number of tensors"), header.u64("the number of metadata entries")
         # Smallest entries: an empty name, no dimensions; an empty key and a one-byte value.
-        header.check_count("tensors", n_tensors, 8 + 4 + 4 + 8)
-        header.check_count("metadata entries", n_metadata, 8 + 4 + 1)
-        self.metadata: dict[str, Any] = {}
-        for _ in range(n_metadata):
-            key = header.string("a metadata key")
-            if key in self.metadata:
-                raise CheckpointError(f"{self.path}: metadata key {key!r} appears twice")
-            self.metadata[key] = header.value(key)
+        for what, count, smallest, most in (
+            ("tensors", n_tensors, 8 + 4 + 4 + 8, _MAX_TENSORS),
+            ("metadata entries", n_metadata, 8 + 4 + 1, _MAX_KEYS),
+        ):
+            header.check_count(what, count, smallest)
+            if count > most:
+                raise FormatError(f"{self.path}: {count} {what}, expected at most {most}")
+        self.metadata = self._metadata(header, n_metadata)
         entries = [self._entry(header) for _ in range(n_tensors)]
         alignment = self.metadata.get("general.alignment", 32)
-        if not isinstance(alignment, int) or not 1 <= alignment <= 1 << 20 or alignment & (alignment - 1):
-            raise CheckpointError(
-                f"{self.path}: general.alignment is {alignment!r}, expected a power of two up to 1048576"
+        if type(alignment) is not int or not 1 <= alignment <= _MAX_ALIGNMENT or alignment & (alignment - 1):
+            raise FormatError(
+                f"{self.path}: general.alignment is {shown(alignment)}, expected a power of two up to {_MAX_ALIGNMENT}"
             )
         data = -(-header.position // alignment) * alignment
         self.tensors = self._place(entries, data, alignment)
 
-    def _entry(self, header: _Header) -> tuple[str, tuple[int, ...], int, int]:
-        name = header.string("a tensor name")
-        n_dims = header.u32()
+    def _metadata(self, header: Header, count: int) -> dict[str, Any]:
+        metadata: dict[str, Any] = {}
+        for i in range(count):
+            key = header.string(f"the key of metadata entry {i}")
+            if not key or key in metadata:
+                rule = "appears twice" if key else "is empty"
+                raise FormatError(f"{self.path}: metadata key {quoted(key)} {rule}")
+            metadata[key] = header.value(key)
+        return metadata
+
+    def _entry(self, header: Header) -> tuple[str, tuple[int, ...], int, int]:
+        name = header.string("the name of a tensor")
+        what = f"tensor {quoted(name)}"
+        n_dims = header.u32(f"the number of dimensions of {what}")
         if not 1 <= n_dims <= _MAX_DIMS:
-            raise CheckpointError(f"{self.path}: tensor {name!r} has {n_dims} dimensions, expected 1 to {_MAX_DIMS}")
-        dims = tuple(header.u64() for _ in range(n_dims))
-        if prod(dims) >= 1 << 60 or 0 in dims:
-            raise CheckpointError(f"{self.path}: tensor {name!r} has an impossible shape {list(reversed(dims))}")
-        return name, dims[::-1], header.u32(), header.u64()
+            raise FormatError(f"{self.path}: {what} has {n_dims} dimensions, expected 1 to {_MAX_DIMS}")
+        shape = tuple(header.u64(f"the shape of {what}") for _ in range(n_dims))[::-1]
+        if not 1 <= prod(shape) <= _MAX_WEIGHTS:
+            raise FormatError(
+                f"{self.path}: {what} has the impossible shape {list(shape)}, expected 1 to {_MAX_WEIGHTS} weights"
+            )
+        return name, shape, header.u32(f"the type of {what}"), header.u64(f"the offset of {what}")
 
     def _place(self, entries: list, data: int, alignment: int) -> dict[str, GgufTensor]:
+        """The directory, every tensor inside of the file and none over another."""
         tensors: dict[str, GgufTensor] = {}
         for name, shape, ggml_id, offset in entries:
-            where = f"{self.path}: tensor {name!r}"
-            if name in tensors:
-                raise CheckpointError(f"{where} appears twice")
-            type_name, block_size, type_size = self._geometry(ggml_id, where)
+            where = f"{self.path}: tensor {quoted(name)}"
+            if not name or name in tensors:
+                raise FormatError(f"{where} {'appears twice' if name else 'has an empty name'}")
+            type_name, block_size, type_size = _geometry(ggml_id, where)
             if shape[-1] % block_size:
-                raise CheckpointError(
+                raise FormatError(
                     f"{where}: {type_name} packs blocks of {block_size} weights, but its rows have {shape[-1]}"
                 )
             if offset % alignment:
-                raise CheckpointError(f"{where}: offset {offset} is not a multiple of the alignment {alignment}")
+                raise FormatError(f"{where}: offset {offset} is not a multiple of the alignment {alignment}")
             row_bytes = shape[-1] // block_size * type_size
             nbytes = prod(shape[:-1]) * row_bytes
             if data + offset + nbytes > self.size:
-                raise CheckpointError(
+                raise FormatError(
                     f"{where} ends at byte {data + offset + nbytes}, but the file has {self.size}: "
                     "it is truncated or still being downloaded"
                 )
@@ -179,119 +196,29 @@ class GgufFile:
         previous = None
         for tensor in sorted(tensors.values(), key=lambda t: t.offset):
             if previous is not None and tensor.offset < previous.offset + previous.nbytes:
-                raise CheckpointError(f"{self.path}: tensors {previous.name!r} and {tensor.name!r} overlap")
+                raise FormatError(
+                    f"{self.path}: tensors {quoted(previous.name)} and {quoted(tensor.name)} overlap: "
+                    f"byte {tensor.offset} belongs to both"
+                )
             previous = tensor
         return tensors
 
-    def _geometry(self, ggml_id: int, where: str) -> tuple[str, int, int]:
-        known = _BY_ID.get(ggml_id)
-        if known is not None:
-            return known.name, known.block_size, known.type_size
-        # Types that are not decoded yet still have a name and a size.
-        from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        try:
-            kind = GGMLQuantizationType(ggml_id)
-            return (kind.name, *GGML_QUANT_SIZES[kind])
-        except (ValueError, KeyError):
-            raise CheckpointError(f"{where} has the unknown ggml type {ggml_id}") from None
+def shown(value: Any) -> str:
+    """A value of the metadata, safe to print on one line of an error message."""
+    if isinstance(value, (list, np.ndarray)):
+        return f"an array of {len(value)}"
+    return quoted(value)
 
 
-class _Header:
-    """A bounded cursor over the head of the file."""
+def _geometry(ggml_id: int, where: str) -> tuple[str, int, int]:
+    """Name, weights and bytes of a block of a type, also of one that cannot be decoded."""
+    if ggml_id in _TYPES:
+        return _TYPES[ggml_id]
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    def __init__(self, file: GgufFile):
-        self._file = file
-        self._limit = min(file.size, _MAX_HEADER)
-        self._buffer = bytearray()
-        self.position = 0
-
-    def _need(self, n: int) -> int:
-        """Make `n` more bytes available and step over them; returns where they start."""
-        start, end = self.position, self.position + n
-        if end > len(self._buffer):
-            if end > self._limit:
-                self._too_long(end)
-            have = len(self._buffer)
-            self._buffer += self._file.read_bytes(have, min(max(end - have, _READ_AHEAD), self._limit - have)).data
-        self.position = end
-        return start
-
-    def _too_long(self, end: int) -> None:
-        path, size = self._file.path, self._file.size
-        if end > size:
-            raise CheckpointError(
-                f"{path}: the header asks for byte {end}, but the file has {size}: it is truncated or not GGUF"
-            )
-        raise CheckpointError(f"{path}: the header is larger than {_MAX_HEADER} bytes")
-
-    def check_count(self, what: str, count: int, smallest: int) -> None:
-        """Refuse a count whose smallest possible encoding does not fit into the file."""
-        if self.position + count * smallest > self._limit:
-            raise CheckpointError(
-                f"{self._file.path}: {count} {what} need at least {count * smallest} bytes, but the file has "
-                f"{self._file.size}: it is truncated or corrupt"
-            )
-
-    def take(self, n: int) -> bytes:
-        start = self._need(n)
-        return bytes(self._buffer[start : start + n])
-
-    def u32(self) -> int:
-        start = self._need(4)
-        return _U32.unpack_from(self._buffer, start)[0]
-
-    def u64(self) -> int:
-        start = self._need(8)
-        return _U64.unpack_from(self._buffer, start)[0]
-
-    def string(self, what: str) -> str:
-        n = self.u64()
-        start = self._need(n)
-        try:
-            return self._buffer[start : start + n].decode("utf-8")
-        except UnicodeDecodeError as e:
-            raise CheckpointError(f"{self._file.path}: {what} is not UTF-8 text: {e.reason}") from e
-
-    def value(self, key: str) -> Any:
-        kind = self.u32()
-        if kind == _STRING:
-            return self.string(repr(key))
-        if kind == _ARRAY:
-            return self._array(key)
-        if kind not in _SCALARS:
-            raise CheckpointError(f"{self._file.path}: metadata key {key!r} has the unknown value type {kind}")
-        code = _SCALARS[kind][0]
-        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
-
-    def _array(self, key: str) -> list[str] | np.ndarray:
-        kind, count = self.u32(), self.u64()
-        if kind == _STRING:
-            self.check_count(f"strings in {key!r}", count, 8)
-            return self._strings(key, count)
-        if kind not in _SCALARS:
-            raise CheckpointError(f"{self._file.path}: metadata key {key!r} is an array of the unsupported type {kind}")
-        dtype = np.dtype(_SCALARS[kind][1])
-        self.check_count(f"numbers in {key!r}", count, dtype.itemsize)
-        values = np.frombuffer(self.take(count * dtype.itemsize), dtype)
-        return values != 0 if kind == _BOOL else values
-
-    def _strings(self, key: str, count: int) -> list[str]:
-        """`count` strings; the loop of `string` with its calls spelled out, for vocabularies of 10**5 and more."""
-        out: list[str] = []
-        unpack = _U64.unpack_from
-        for _ in range(count):
-            if self.position + 4096 > len(self._buffer):
-                out.append(self.string(repr(key)))
-                continue
-            start = self.position + 8
-            end = start + unpack(self._buffer, start - 8)[0]
-            if end > len(self._buffer):
-                out.append(self.string(repr(key)))
-                continue
-            self.position = end
-            try:
-                out.append(self._buffer[start:end].decode())
-            except UnicodeDecodeError as e:
-                raise CheckpointError(f"{self._file.path}: {key!r}: entry {len(out)} is not UTF-8: {e.reason}") from e
-        return out
+    try:
+        kind = GGMLQuantizationType(ggml_id)
+        return (kind.name, *GGML_QUANT_SIZES[kind])
+    except (ValueError, KeyError):
+        raise FormatError(f"{where} has the unknown ggml type {ggml_id}") from None

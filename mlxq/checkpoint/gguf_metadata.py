@@ -7,14 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.checkpoint.safetensors import quoted
-from mlxq.errors import CheckpointError
+from mlxq.checkpoint.gguf_file import shown
+from mlxq.errors import CheckpointError, FormatError
 
 _LARGEST = float(np.finfo(np.float32).max)
 
 
 class Metadata:
-    """Typed access to the metadata, every failure a CheckpointError naming the key."""
+    """Typed access to the metadata, every failure one line naming the key."""
 
     def __init__(self, path: Path, values: dict[str, Any]):
         self.path = path
@@ -27,23 +27,21 @@ class Metadata:
         if value is None:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= _LARGEST:
-            raise CheckpointError(
-                f"{self.path}: {self.arch}.{key} is {_shown(value)}, expected a number in float32's range"
-            )
+            raise FormatError(f"{self.path}: {self.arch}.{key} is {shown(value)}, expected a number in float32's range")
         return float(str(np.float32(value)))
 
     def positive(self, key: str, default: float) -> float:
         """`number`, refused where it is not above 0."""
         value = self.number(key, default)
         if not value > 0:
-            raise CheckpointError(f"{self.path}: {self.arch}.{key} is {value!r}, expected a positive number")
+            raise FormatError(f"{self.path}: {self.arch}.{key} is {value!r}, expected a positive number")
         return value
 
     def text(self, name: str, default: str | None = None) -> str | None:
         """The text under a full key, or `default` where it is absent."""
         value = self.values.get(name, default)
         if value is not None and not isinstance(value, str):
-            raise CheckpointError(f"{self.path}: {name} is {_shown(value)}, expected a text")
+            raise FormatError(f"{self.path}: {name} is {shown(value)}, expected a text")
         return value
 
     def has(self, key: str) -> bool:
@@ -61,14 +59,14 @@ class Metadata:
         value = self.values.get(name)
         if value is None:
             if default is None:
-                raise CheckpointError(f"{self.path}: the metadata lacks {name}")
+                raise FormatError(f"{self.path}: the metadata lacks {name}")
             return default
         if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()
         if isinstance(value, np.ndarray):
             raise CheckpointError(f"{self.path}: {name} differs from layer to layer, which is not supported")
         if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            raise CheckpointError(f"{self.path}: {name} is {_shown(value)}, expected a positive integer")
+            raise FormatError(f"{self.path}: {name} is {shown(value)}, expected a positive integer")
         return value
 
     def token_id(self, name: str, vocab_size: int) -> int | None:
@@ -76,10 +74,3 @@ class Metadata:
         value = self.values.get(f"tokenizer.ggml.{name}_token_id")
         ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
         return value if ok else None
-
-
-def _shown(value: Any) -> str:
-    """A value of the metadata, safe to print on one line of an error message."""
-    if isinstance(value, (list, np.ndarray)):
-        return f"an array of {len(value)}"
-    return quoted(value)

@@ -1,43 +1,20 @@
 """The GGUF container: equal to gguf's own reader on good files, one clear error for each kind of bad one."""
 
+import os
 import random
 import struct
+import time
 import tracemalloc
 
 import gguf
 import numpy as np
 import pytest
+from gguf_bytes import ALIGNMENT, HOSTILE, array_of, make, of_type, string, tensor, u32, u64
 from gguf_models import add_byte_tokenizer, add_tensor, finish, llama_weights, write_llama
 
 from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.gguf_file import GgufFile
-from mlxq.errors import CheckpointError
-
-
-def u32(n: int) -> bytes:
-    return struct.pack("<I", n)
-
-
-def u64(n: int) -> bytes:
-    return struct.pack("<Q", n)
-
-
-def string(text: str | bytes) -> bytes:
-    data = text.encode() if isinstance(text, str) else text
-    return u64(len(data)) + data
-
-
-def tensor(name="t", dims=(4,), kind=0, offset=0) -> bytes:
-    return string(name) + u32(len(dims)) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
-
-
-def make(tensors=(), entries=(), data=64, version=3, magic=b"GGUF", n_tensors=None, n_entries=None) -> bytes:
-    """A file from its parts; `data` bytes follow the padded header."""
-    head = magic + u32(version)
-    head += u64(len(tensors) if n_tensors is None else n_tensors)
-    head += u64(len(entries) if n_entries is None else n_entries)
-    head += b"".join(entries) + b"".join(tensors)
-    return head + b"\0" * (-len(head) % 32) + bytes(data)
+from mlxq.errors import CheckpointError, FormatError, MlxqError
 
 
 def open_bytes(tmp_path, data: bytes) -> GgufFile:
@@ -46,72 +23,88 @@ def open_bytes(tmp_path, data: bytes) -> GgufFile:
     return GgufFile(path)
 
 
-ALIGNMENT = string("general.alignment") + u32(4)
-
-HOSTILE = {
-    "empty file": (b"", "the header asks for byte 4, but the file has 0"),
-    "not gguf": (b"PK\x03\x04" + bytes(60), "not a GGUF file"),
-    "version 1": (make(version=1), "GGUF version 1: versions 2 and 3 are supported"),
-    "big-endian": (make(version=0x03000000), r"GGUF version 50331648 \(a big-endian file\?\)"),
-    "cut in the counts": (make()[:20], "the header asks for byte 24, but the file has 20"),
-    "absurd tensors": (make(n_tensors=1 << 62), r"4611686018427387904 tensors need at least \d+ bytes"),
-    "absurd metadata": (make(n_entries=1 << 40), "1099511627776 metadata entries need at least"),
-    "key longer than file": (make(entries=[u64(1 << 50)]), "the header asks for byte .* truncated or not GGUF"),
-    "string longer than file": (make(entries=[string("k") + u32(8) + u64(1 << 63)]), "the header asks for byte"),
-    "absurd strings": (
-        make(entries=[string("k") + u32(9) + u32(8) + u64(1 << 45)]),
-        "35184372088832 strings in 'k' need at least",
-    ),
-    "absurd numbers": (
-        make(entries=[string("k") + u32(9) + u32(5) + u64(1 << 45)]),
-        "35184372088832 numbers in 'k' need at least",
-    ),
-    "nested array": (
-        make(entries=[string("k") + u32(9) + u32(9) + u64(1)]),
-        "'k' is an array of the unsupported type 9",
-    ),
-    "unknown value type": (make(entries=[string("k") + u32(99)]), "'k' has the unknown value type 99"),
-    "key not text": (make(entries=[string(b"\xff\xfe") + u32(0) + b"\0"]), "a metadata key is not UTF-8"),
-    "value not text": (make(entries=[string("k") + u32(8) + string(b"\xff")]), "'k' is not UTF-8"),
-    "repeated key": (make(entries=[string("k") + u32(0) + b"\1"] * 2), "metadata key 'k' appears twice"),
-    "alignment zero": (make(entries=[ALIGNMENT + u32(0)]), "general.alignment is 0, expected a power of two"),
-    "alignment odd": (make(entries=[ALIGNMENT + u32(48)]), "general.alignment is 48"),
-    "alignment text": (
-        make(entries=[string("general.alignment") + u32(8) + string("x")]),
-        "general.alignment is 'x'",
-    ),
-    "no dimensions": (make([tensor(dims=())]), "'t' has 0 dimensions, expected 1 to 4"),
-    "many dimensions": (make([tensor(dims=(1,) * 9)]), "'t' has 9 dimensions"),
-    "empty shape": (make([tensor(dims=(4, 0))]), r"impossible shape \[0, 4\]"),
-    "huge shape": (make([tensor(dims=(1 << 40, 1 << 40))]), "'t' has an impossible shape"),
-    "unknown type": (make([tensor(kind=77)]), "'t' has the unknown ggml type 77"),
-    "partial block": (make([tensor(dims=(33,), kind=3)]), "Q4_1 packs blocks of 32 weights, but its rows have 33"),
-    "unaligned": (make([tensor(offset=4)]), "offset 4 is not a multiple of the alignment 32"),
-    "past the end": (make([tensor(dims=(17,))]), r"'t' ends at byte 132, but the file has 128: it is truncated"),
-    "offset past the end": (make([tensor(offset=1 << 62)]), "'t' ends at byte .* but the file has"),
-    "repeated tensor": (make([tensor(), tensor(offset=32)]), "tensor 't' appears twice"),
-    "overlap": (
-        make([tensor("a", (16,)), tensor("b", offset=32)], data=128),
-        "tensors 'a' and 'b' overlap",
-    ),
-    "same place": (make([tensor("a"), tensor("b")]), "tensors 'a' and 'b' overlap"),
-}
-
-
 @pytest.mark.parametrize("case", HOSTILE)
 def test_hostile(tmp_path, case):
     data, message = HOSTILE[case]
+    text = refusal(tmp_path / "m.gguf", data, message)
+    assert str(tmp_path / "m.gguf") in text
+
+
+def refusal(path, data, message) -> str:
+    """The error of a bad file: one line, within a second, and with no more memory than the file's own size.
+
+    The first opening is not measured: it imports modules and fills caches.
+    """
+    path.write_bytes(data)
+    with pytest.raises(FormatError, match=message):
+        GgufFile(path)
     tracemalloc.start()
+    began = time.thread_time()
     try:
-        with pytest.raises(CheckpointError, match=message) as caught:
-            open_bytes(tmp_path, data)
-        # Nothing of the size the file claims was allocated.
-        assert tracemalloc.get_traced_memory()[1] < 4e6
+        with pytest.raises(FormatError) as caught:
+            GgufFile(path)
+        # The window, and the piece of it that is being read; beside them objects of a fixed size.
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(data) + 48 * 1024
     finally:
         tracemalloc.stop()
-    text = str(caught.value)
-    assert str(tmp_path / "m.gguf") in text
-    assert "\n" not in text
+    assert time.thread_time() - began < 1
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_more_entries_than_any_model_has(tmp_path):
+    """A file that is large enough for its counts, at no cost on disk."""
+    path = tmp_path / "m.gguf"
+    for n_tensors, n_entries, what in ((1 << 20, 0, "tensors"), (0, 1 << 20, "metadata entries")):
+        path.write_bytes(make(n_tensors=n_tensors, n_entries=n_entries))
+        os.truncate(path, 1 << 28)
+        with pytest.raises(FormatError, match=rf"1048576 {what}, expected at most \d+"):
+            GgufFile(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (array_of(8, 1 << 23), "8388608 strings, expected at most 4194304 in all"),
+        (of_type(8) + u64(1 << 25), "is a text of 33554432 bytes, expected at most 16777216"),
+        (array_of(0, 1 << 28), "need at least 268435456 bytes"),
+        (array_of(0, 1 << 26) + of_type(5), "metadata key '' is empty"),
+    ],
+    ids=["strings", "text", "numbers", "numbers that fit"],
+)
+def test_large_values_of_a_sparse_file(tmp_path, entry, message):
+    """256 MiB that are nearly all zeros: bytes of that size are read once at most, and nothing is kept of them."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(make(entries=[entry], n_entries=2))
+    os.truncate(path, 1 << 28)
+    tracemalloc.start()
+    began = time.thread_time()
+    try:
+        with pytest.raises(FormatError, match=message):
+            GgufFile(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 28
+    finally:
+        tracemalloc.stop()
+    assert time.thread_time() - began < 1
+
+
+def test_large_arrays_are_read_whole(tmp_path):
+    """Arrays of numbers beyond the window, between other values."""
+    numbers = np.arange(1_500_000, dtype="<f4")
+    entries = [
+        of_type(8, "a") + string("before" * 1000),
+        of_type(9, "b") + u32(6) + u64(numbers.size) + numbers.tobytes(),
+        of_type(8, "c") + string("after"),
+        of_type(9, "d") + u32(7) + u64(3) + b"\0\1\0",
+    ]
+    head = make([tensor(dims=(5,))], entries, 0)
+    (tmp_path / "m.gguf").write_bytes(head + np.ones(5, "<f4").tobytes())
+    file = GgufFile(tmp_path / "m.gguf")
+    np.testing.assert_array_equal(file.metadata["b"], numbers)
+    assert (file.metadata["a"], file.metadata["c"]) == ("before" * 1000, "after")
+    assert file.metadata["d"].tolist() == [False, True, False]
+    t = file.tensors["t"]
+    assert file.read_bytes(t.offset, t.nbytes).view("<f4").tolist() == [1.0] * 5
 
 
 def test_the_parts_of_hostile_files_make_a_good_one(tmp_path):
@@ -127,14 +120,14 @@ def test_the_parts_of_hostile_files_make_a_good_one(tmp_path):
 def test_truncated_anywhere(tmp_path, where):
     path = write_llama(tmp_path / "m.gguf", llama_weights())
     data = path.read_bytes()
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(FormatError, match="truncated"):
         open_bytes(tmp_path, data[: int(len(data) * where)])
 
 
 def test_truncated_inside_a_vocabulary(tmp_path):
     path = write_vocabulary(tmp_path)
     data = path.read_bytes()
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(FormatError, match="truncated"):
         open_bytes(tmp_path, data[: len(data) // 2])
 
 
@@ -162,15 +155,21 @@ def test_damaged_headers_raise_nothing_else(tmp_path):
             with GgufCheckpoint(path) as checkpoint:
                 checkpoint.companion_files()
                 checkpoint.read("model.layers.0.self_attn.q_proj.weight", slice(0, 3))
-        except CheckpointError as e:
+        except MlxqError as e:
             refused.append(str(e))
     assert len(refused) > 300
     assert not any("\n" in message for message in refused)
 
 
 def test_a_directory_is_not_a_file(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match="cannot be read: it is a directory"):
         GgufFile(tmp_path)
+
+
+def test_a_named_pipe_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "m.gguf")
+    with pytest.raises(CheckpointError, match="cannot be read: it is no regular file"):
+        GgufFile(tmp_path / "m.gguf")
 
 
 def test_missing_file(tmp_path):
