@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "convert": "mlxq.conversion",
     "ConversionResult": "mlxq.conversion",
+    "export": "mlxq.conversion",
     "load": "mlxq.runtime.load",
     "Model": "mlxq.runtime.load",
     "generate": "mlxq.runtime.generate",
@@ -38,6 +39,7 @@ __all__ = [
     "compare",
     "convert",
     "dequantize",
+    "export",
     "generate",
     "inspect",
     "load",
@@ -47,7 +49,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mlxq.conversion import ConversionResult, convert
+    from mlxq.conversion import ConversionResult, convert, export
     from mlxq.errors import MlxqError
     from mlxq.evaluate.compare import Comparison, compare
     from mlxq.evaluate.inspect import inspect

@@ -7,20 +7,21 @@ from typing import Annotated
 import typer
 
 import mlxq
-from mlxq.cli import convert, generate, inspect, verify
+from mlxq.cli import convert, export, generate, inspect, verify
 from mlxq.errors import UsageError
 
 _INTERRUPTED = 130
 
 app = typer.Typer(
     name="mlxq",
-    help="Quantize language models for MLX and run them: one quantization, every runtime, proven.",
+    help="Quantize language models for MLX and llama.cpp, and run them: one quantization, every runtime, proven.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("convert")(convert.convert)
+app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
@@ -38,7 +39,7 @@ def _options(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Quantize language models for MLX and run them: one quantization, every runtime, proven."""
+    """Quantize language models for MLX and llama.cpp, and run them: one quantization, every runtime, proven."""
 
 
 def run(arguments: list[str] | None = None) -> int:

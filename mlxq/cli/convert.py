@@ -7,16 +7,30 @@ from typing import Annotated
 import typer
 
 from mlxq.api import DEFAULT_CONTEXT
-from mlxq.cli.options import Revision, Source
-
-_PLAN = "Plan"
-_RUN = "Run"
+from mlxq.cli.options import (
+    GGUF,
+    PLAN,
+    Context,
+    DryRun,
+    Exact,
+    Modelfile,
+    NoVerify,
+    Overwrite,
+    Pre,
+    Revision,
+    Source,
+)
 
 
 def convert(
     source: Source,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="Directory to make. Not needed with --dry-run.")
+        str | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="Directory to make for MLX, or a file name that ends in .gguf. Not needed with --dry-run.",
+        ),
     ] = None,
     bits: Annotated[
         int | None,
@@ -25,7 +39,7 @@ def convert(
             "-b",
             help="Bits per code: 2, 3, 4, 5, 6 or 8. (default: 4, or the source's own codes if it is quantized)",
             show_default=False,
-            rich_help_panel=_PLAN,
+            rich_help_panel=PLAN,
         ),
     ] = None,
     group_size: Annotated[
@@ -35,7 +49,7 @@ def convert(
             "-g",
             help="Weights that share a scale: 32, 64 or 128. (default: 64)",
             show_default=False,
-            rich_help_panel=_PLAN,
+            rich_help_panel=PLAN,
         ),
     ] = None,
     recipe: Annotated[
@@ -43,21 +57,22 @@ def convert(
         typer.Option(
             help="uniform, or mixed: more bits for value, down-projection, embedding and head. (default: uniform)",
             show_default=False,
-            rich_help_panel=_PLAN,
+            rich_help_panel=PLAN,
         ),
     ] = None,
     tensor_type: Annotated[
         list[str] | None,
         typer.Option(
-            help="REGEX=BITS or REGEX=BITS:GROUP for matching tensors; may be repeated, the last match wins.",
+            help="REGEX=BITS or REGEX=BITS:GROUP for matching tensors; in a GGUF file REGEX=TYPE, with GGUF names. May "
+            "be repeated; the last match wins.",
             show_default=False,
-            rich_help_panel=_PLAN,
+            rich_help_panel=PLAN,
         ),
     ] = None,
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="REGEX of tensors that stay float; may be repeated.", show_default=False, rich_help_panel=_PLAN
+            help="REGEX of tensors that stay float; may be repeated.", show_default=False, rich_help_panel=PLAN
         ),
     ] = None,
     dtype: Annotated[
@@ -65,43 +80,59 @@ def convert(
         typer.Option(
             help="float16, bfloat16 or float32 for scales and kept tensors. (default: as the source)",
             show_default=False,
-            rich_help_panel=_PLAN,
+            rich_help_panel=PLAN,
         ),
     ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the plan, tensor by tensor, and write nothing.", rich_help_panel=_RUN),
-    ] = False,
-    context: Annotated[
-        int,
-        typer.Option(min=1, help="Context length, in tokens, for the dry run's memory estimate.", rich_help_panel=_RUN),
-    ] = DEFAULT_CONTEXT,
-    no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Skip the proof at the end.", rich_help_panel=_RUN)
-    ] = False,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an existing model directory, on success only.", rich_help_panel=_RUN),
-    ] = False,
+    exact: Exact = False,
+    type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            help="What llama.cpp calls the file: Q4_K_M, Q5_K_S, Q6_K, Q8_0, IQ4_XS, BF16 ... (default: Q4_K_M, or "
+            "what the source holds if it is quantized)",
+            show_default=False,
+            rich_help_panel=GGUF,
+        ),
+    ] = None,
+    imatrix: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Importance matrix that weights the errors, in llama.cpp's GGUF or .dat form.",
+            show_default=False,
+            rich_help_panel=GGUF,
+        ),
+    ] = None,
+    pre: Pre = None,
+    modelfile: Modelfile = False,
+    dry_run: DryRun = False,
+    context: Context = DEFAULT_CONTEXT,
+    no_verify: NoVerify = False,
+    overwrite: Overwrite = False,
     revision: Revision = None,
 ) -> None:
-    """Quantize a model into an MLX directory that stock mlx-lm loads, and prove the result."""
+    """Quantize a model into an MLX directory that stock mlx-lm loads, or a GGUF file that llama.cpp loads; prove it."""
     from mlxq.cli.render import ProgressBars, print_plan, print_result, print_summary
     from mlxq.conversion import convert as run
     from mlxq.errors import OutputError
 
     if not output and not dry_run:
-        raise OutputError("say where the result goes with --output DIR (or plan only, with --dry-run)")
+        raise OutputError("say where the result goes with --output DIR or FILE.gguf (or plan only, with --dry-run)")
     with ProgressBars() as bars:
         result = run(
             source,
             output,
+            type=type,
             bits=bits,
             group_size=group_size,
             recipe=recipe,
             tensor_types=tuple(tensor_type or ()),
             keep=tuple(keep or ()),
             dtype=dtype,
+            imatrix=imatrix,
+            exact=exact,
+            pre=pre,
+            modelfile=modelfile,
             revision=revision,
             overwrite=overwrite,
             verify=not no_verify,

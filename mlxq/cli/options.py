@@ -8,3 +8,34 @@ import typer
 
 Source = Annotated[str, typer.Argument(help="A model directory, a GGUF file, or a Hugging Face Hub id (org/name).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel="Source")]
+
+PLAN, RUN, GGUF = "Plan", "Run", "GGUF files"
+
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="Refuse whatever would change a decoded weight.", rich_help_panel=PLAN),
+]
+Pre = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="llama.cpp's name for how the tokenizer splits text, where it cannot be found out.",
+        show_default=False,
+        rich_help_panel=GGUF,
+    ),
+]
+Modelfile = Annotated[
+    bool, typer.Option("--modelfile", help="Write a Modelfile for Ollama beside the file.", rich_help_panel=GGUF)
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the plan, tensor by tensor, and write nothing.", rich_help_panel=RUN),
+]
+Context = Annotated[
+    int,
+    typer.Option(min=1, help="Context length, in tokens, for the dry run's memory estimate.", rich_help_panel=RUN),
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the proof at the end.", rich_help_panel=RUN)]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an existing result, on success only.", rich_help_panel=RUN)
+]

@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from mlxq.architectures.memory import human_bytes, memory_to_run
-from mlxq.types import Progress
+from mlxq.types import FLOAT_BYTES, Progress
 
 if TYPE_CHECKING:
     from mlxq.conversion import ConversionResult
@@ -90,7 +90,7 @@ def print_plan(plan: Plan, config: dict[str, Any], context: int) -> None:
     """The whole plan, one line a tensor, and the totals."""
     rows = [("tensor", "shape", "from", "to", "bytes", "why")]
     for p in plan.tensors:
-        to = f"{p.action} {p.spec} {p.dtype}" if p.spec else f"keep {p.dtype}"
+        to = f"{p.action} {p.spec} {p.dtype}" if p.spec else f"{p.action} {p.dtype}"
         nbytes = f"{plan.nbytes_by_name[p.info.name]:,}"
         rows.append((p.info.name, " x ".join(map(str, p.info.shape)), p.info.dtype, to, nbytes, p.reason))
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
@@ -106,7 +106,7 @@ def print_summary(plan: Plan) -> None:
     """Totals by format, and every weight that stays float with its bytes and the reason."""
     groups: dict[str, list[int]] = {}
     for p in plan.tensors:
-        key = f"{p.spec}, {p.dtype} scales" if p.spec else f"{p.dtype} float"
+        key = f"{p.spec}, {p.dtype} scales" if p.spec else f"{p.dtype} float" if p.dtype in FLOAT_BYTES else p.dtype
         totals = groups.setdefault(key, [0, 0, 0])
         totals[0] += 1
         totals[1] += p.info.size

@@ -15,7 +15,7 @@ from mlxq.checkpoint.gguf_names import GgufArchitecture, MappedTensor, architect
 from mlxq.checkpoint.gguf_names import to_gguf as gguf_name
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
-from mlxq.errors import CheckpointError
+from mlxq.errors import CheckpointError, PlanError
 from mlxq.formats import crossings
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
 from mlxq.plan.gguf_mixes import GgufModel
@@ -26,7 +26,6 @@ from mlxq.writers.gguf_hyperparameters import rope_tensors
 from mlxq.writers.gguf_metadata import file_metadata
 from mlxq.writers.gguf_target import GgufTarget
 from mlxq.writers.manifest import manifest_json
-
 from mlxq.writers.output_file import OutputFile
 from mlxq.writers.stream import WeightStream
 
@@ -75,6 +74,8 @@ def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
         with stage:
             digests = weights.write(stage.stage)
             notes = target.notes()
+            if request.exact:
+                _refuse_changed(target.errors.relative_rmse, names)
             verification = job.prove(parameters, stage.staged, plan)
             if request.modelfile:
                 stage.write("Modelfile", _modelfile(stage.path.name, checkpoint).encode())
@@ -87,6 +88,7 @@ def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
                     files=digests.written,
                     verification=verification.to_dict() if verification else None,
                     notes=notes,
+                    errors=target.errors.relative_rmse,
                 ),
             )
             stage.commit()
@@ -148,9 +150,17 @@ def _exact_types(parameters: ParameterMap, info: TensorInfo) -> tuple[str, ...]:
         if not found:
             break
         q = parameters.read_quantized(info.name, rows)
-        exact = crossings.exact_types(q.scales, q.biases, q.dtype, q.spec)
+        exact = crossings.exact_types(q)
         found = [name for name in found if name in exact]
     return tuple(found)
+
+
+def _refuse_changed(errors: dict[str, float], names: dict[str, MappedTensor]) -> None:
+    changed = next((name for name, error in errors.items() if error), None)
+    if changed is not None:
+        name = names[changed].name.removesuffix(".weight")
+        hint = f"--tensor-type '{name}=F32' keeps it"
+        raise PlanError(f"--exact: {name} changed by {errors[changed]:.1e} of its size; {hint}")
 
 
 def _modelfile(name: str, checkpoint: Checkpoint) -> str:

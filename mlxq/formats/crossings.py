@@ -44,17 +44,13 @@ def candidates(spec: QuantSpec) -> tuple[str, ...]:
     return _CANDIDATES[spec.bits]
 
 
-def exact_types(scales: np.ndarray, biases: np.ndarray, dtype: str, spec: QuantSpec) -> frozenset[str]:
-    """The block types that hold these rows without changing a decoded weight.
-
-    Args:
-        scales, biases: `[..., K // group_size]` in NumPy storage of `dtype`.
-        dtype: `F32`, `F16` or `BF16`.
-        spec: bits and group size.
-    """
-    s, b = _per_block(scales, dtype, spec), _per_block(biases, dtype, spec)
+def exact_types(q: QuantizedTensor) -> frozenset[str]:
+    """The block types that hold these rows, `[..., K]`, without changing a decoded weight."""
+    s, b = (_per_block(a, q.dtype, q.spec) for a in (q.scales, q.biases))
+    if not _is_float16(s).all():
+        s = _without_idle_scales(s, _codes(q))
     found = set()
-    for name in candidates(spec):
+    for name in candidates(q.spec):
         if name in K_TYPES:
             fits = s.shape[-1] % 8 == 0 and _factor(s) is not None and _factor(-b) is not None
         elif name in _ZERO:
@@ -82,11 +78,26 @@ def from_affine(q: QuantizedTensor, name: str) -> np.ndarray:
     """
     if name not in candidates(q.spec):
         raise FormatError(f"{q.spec} codes cannot be {name} blocks: the types are {', '.join(candidates(q.spec))}")
-    lead, K = q.shape[:-1], q.shape[-1]
-    codes = unpack(q.w_q.reshape(-1, q.w_q.shape[-1]), q.spec.bits, K)
+    codes = _codes(q)
     s, b = (_per_block(a, q.dtype, q.spec) for a in (q.scales, q.biases))
-    blocks = _super_blocks(codes, s, b, name) if name in K_TYPES else _blocks(codes, s, b, name)
-    return blocks.reshape(*lead, -1)
+    if name in K_TYPES:
+        blocks = _super_blocks(codes, _without_idle_scales(s, codes), b, name)
+    else:
+        blocks = _blocks(codes, s, b, name)
+    return blocks.reshape(*q.shape[:-1], -1)
+
+
+def _codes(q: QuantizedTensor) -> np.ndarray:
+    """uint8 `[rows, K]`."""
+    return unpack(q.w_q.reshape(-1, q.w_q.shape[-1]), q.spec.bits, q.shape[-1])
+
+
+def _without_idle_scales(s: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Scales per block, 0 where all codes of the block are: there any scale decodes to the same weights.
+
+    `mx.quantize` gives constant groups the scale 1e-7, which is no float16.
+    """
+    return np.where(codes.reshape(*s.shape, _BLOCK).any(axis=-1), s, np.float32(0))
 
 
 def _per_block(values: np.ndarray, dtype: str, spec: QuantSpec) -> np.ndarray:
@@ -165,7 +176,7 @@ def dequantize(q: QuantizedTensor) -> np.ndarray:
 
     `mx.dequantize` rounds them to that dtype; ggml's decoders do not.
     """
-    codes = unpack(q.w_q.reshape(-1, q.w_q.shape[-1]), q.spec.bits, q.shape[-1])
+    codes = _codes(q)
     groups = codes.reshape(len(codes), -1, q.spec.group_size).astype(np.float32)
     s, b = (to_float32(a.reshape(len(codes), -1, 1), q.dtype) for a in (q.scales, q.biases))
     groups *= s

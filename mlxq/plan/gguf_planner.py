@@ -114,9 +114,10 @@ def _plan(source: GgufSource, type_name: str, reason: str) -> TensorPlan:
 
 def _refuse_lossy(sources: Sequence[GgufSource], plans: Sequence[TensorPlan]) -> None:
     for source, plan in zip(sources, plans, strict=True):
-        if plan.action in ("quantize", "requantize"):
+        kept = plan.dtype == source.info.dtype or plan.dtype in source.exact_types
+        if plan.action in ("quantize", "requantize") or (plan.action == "repack" and not kept):
             what = source.info.spec or source.info.dtype
             raise PlanError(
-                f"--exact: {source.name} would change: {what} becomes {plan.dtype}; --tensor-type "
-                f"'{source.name.removesuffix('.weight')}=F32' keeps its values"
+                f"--exact: {source.name} would change: {plan.dtype} does not hold its {what} weights exactly; "
+                f"--tensor-type '{source.name.removesuffix('.weight')}=F32' does"
             )

@@ -33,7 +33,7 @@ def decoded(q):
 
 
 def types(q):
-    return crossings.exact_types(q.scales, q.biases, q.dtype, q.spec)
+    return crossings.exact_types(q)
 
 
 def by_gguf(blocks, name):
@@ -108,6 +108,20 @@ def test_scales_beyond_float16_are_refused_and_fine_ones_not_called_exact():
         crossings.from_affine(q, "Q4_1")
     fine = grid(4, 32, "F32", scales=np.full((ROWS, K // 32), 1 + 2**-20, np.float32))
     assert types(fine) == set()
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q4_K"])
+def test_a_scale_that_no_code_multiplies_does_not_matter(name):
+    """`mx.quantize` gives constant groups 1e-7, which is no float16."""
+    s, b = (np.full((ROWS, K // 32), v, np.float32) for v in (0.25, 0.5))
+    s[:, ::3] = 1e-7
+    q = grid(4, 32, "F32", scales=s, biases=b)
+    assert name not in types(q)
+    codes = unpack(q.w_q, 4, K).reshape(ROWS, -1, 32)
+    codes[:, ::3] = 0
+    q = replace(q, w_q=pack(codes.reshape(ROWS, K), 4))
+    assert name in types(q)
+    np.testing.assert_array_equal(by_gguf(crossings.from_affine(q, name), name), decoded(q))
 
 
 def test_six_bits_have_no_block_type():
