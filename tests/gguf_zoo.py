@@ -185,10 +185,15 @@ def add_words(writer: Any, n: int = VOCAB) -> int:
     return n
 
 
-def write_gguf(directory: Path, path: Path, change: Callable[[dict[str, Any], dict[str, Any]], None] | None = None):
-    """`directory` as a GGUF file of float32, by the tables under test and the `gguf` package's writer.
+def write_gguf(
+    directory: Path,
+    path: Path,
+    change: Callable[[dict[str, Any], dict[str, Any]], None] | None = None,
+    type_name: str = "F32",
+) -> Path:
+    """`directory` as a GGUF file, by the tables under test and the `gguf` package's writer and quantizers.
 
-    `change` may spoil the keys and the rotary tensors before they are written.
+    `change` may spoil the keys and the rotary tensors before they are written. Matrices are stored as `type_name`.
     """
     import gguf
 
@@ -215,7 +220,9 @@ def write_gguf(directory: Path, path: Path, change: Callable[[dict[str, Any], di
             if mapped.permuted:
                 head_dim = len(values) // config[mapped.heads]
                 values = values[permuted_rows(0, len(values), head_dim)]
-            writer.add_tensor(mapped.name, values + np.float32(mapped.norm_offset))
+            kind = gguf.GGMLQuantizationType["F32" if mapped.float32 else type_name]
+            data = gguf.quants.quantize(values + np.float32(mapped.norm_offset), kind)
+            writer.add_tensor(mapped.name, data, raw_shape=data.shape, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()

@@ -176,3 +176,8 @@ YARN: dict[str, tuple[str | None, float]] = {
     "beta_fast": ("rope.scaling.yarn_beta_fast", 32.0),
     "beta_slow": ("rope.scaling.yarn_beta_slow", 1.0),
 }
+
+
+def config_name(model_type: str, key: str) -> str | None:
+    """The name in `config.json` of the number under `<architecture>.<key>`, or None where the model has none."""
+    return next((field.name for field in FIELDS[model_type] if field.key == key), None)

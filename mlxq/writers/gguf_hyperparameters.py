@@ -160,8 +160,10 @@ def _refuse_settings(config: dict[str, Any], values: dict[str, Any], arch: GgufA
     for name, value in wanted.items():
         if config.get(name) is not None:
             _refuse(name, config[name], value, arch.name)
-    if arch.name == "llama" and "sliding_attention" in (config.get("layer_types") or []):
-        raise CheckpointError("config.json: layer_types has sliding attention, which llama.cpp's llama does not have")
+    if arch.model_type in ("llama", "smollm3") and "sliding_attention" in (config.get("layer_types") or []):
+        raise CheckpointError(
+            f"config.json: layer_types has sliding attention, which llama.cpp's {arch.name} does not have"
+        )
 
 
 def _refuse(name: str, value: Any, built_in: Any, what: str) -> None:

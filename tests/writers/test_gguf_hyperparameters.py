@@ -10,7 +10,7 @@ from gguf_zoo import BASE, GRANITE, LLAMA3, LONGROPE, TIED, VOCAB, WIDE, YARN, Z
 from mlxq.architectures.arguments import effective
 from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.gguf_config import build_config
-from mlxq.checkpoint.gguf_fields import BUILT_IN, FIELDS
+from mlxq.checkpoint.gguf_fields import BUILT_IN, FIELDS, config_name
 from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_names import ARCHITECTURES, architecture_for
 from mlxq.errors import CheckpointError
@@ -77,7 +77,7 @@ def test_config_survives_the_round_trip(name, tmp_path):
     arch_name, arch = architecture_for(config)
     values = {key: value for key, (_, value) in keys_of(config).items()}
     factors = rope_tensors(config)
-    layers = next(config[field.name] for field in FIELDS[arch.model_type] if field.key == "block_count")
+    layers = config[config_name(arch.model_type, "block_count")]
     hidden = config.get("hidden_size", config.get("n_embd"))
     shapes = {f"{arch.layers}.{i}.any.weight": (1,) for i in range(layers)}
     shapes[f"{arch.top['token_embd']}.weight"] = (VOCAB, hidden)
@@ -99,6 +99,7 @@ def test_config_survives_the_round_trip(name, tmp_path):
         (ZOO["llama"] | {"rope_traditional": True}, "rope_traditional is True, but llama.cpp's llama always has False"),
         (ZOO["llama"] | {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, but .* always has 1.0"),
         (ZOO["llama"] | {"layer_types": ["sliding_attention"] * 3}, "layer_types has sliding attention"),
+        (ZOO["smollm3"] | {"layer_types": ["sliding_attention"] * 5}, "layer_types has sliding attention"),
         (
             ZOO["llama"] | {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
             "rope scaling 'dynamic' cannot be written",
