@@ -65,12 +65,11 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
     """
     format = block_format(name)
     blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
+    check_range(w, name, _GRID, 1 if name == "IQ4_NL" else _SEARCH.top)
     if name == "IQ4_NL":
-        check_range(w, name, _GRID, 1)
         for part, d, codes in encoded_groups(w, importance, _GRID, _FACTORS, backend):
             blocks[part] = pack(IQ4Blocks(d, codes), name)
-        return blocks.reshape(w.shape[0], -1)
-    check_range(w, name, _GRID, _SEARCH.top)
-    for part, d, scales, codes in encoded_blocks(w, importance, _GRID, _SEARCH, 256 // SUB_BLOCK, backend):
-        blocks[part] = pack(IQ4Blocks(d, codes, scales), name)
-    return blocks.reshape(w.shape[0], -1)
+    else:
+        for part, d, scales, codes in encoded_blocks(w, importance, _GRID, _SEARCH, 256 // SUB_BLOCK, backend):
+            blocks[part] = pack(IQ4Blocks(d, codes, scales), name)
+    return blocks.reshape(w.shape[0], w.shape[1] // format.block_size * format.type_size)

@@ -71,13 +71,19 @@ class BlockSearch:
     rounds: int = 0
 
 
-_GRIDS = {"Q4_0": Uniform(-8, 7), "Q5_0": Uniform(-16, 15), "Q3_K": Uniform(-4, 3), "Q6_K": Uniform(-32, 31)}
+_GRIDS = {
+    "Q4_0": Uniform(-8, 7),
+    "Q5_0": Uniform(-16, 15),
+    "Q8_0": Uniform(-127, 127),
+    "Q3_K": Uniform(-4, 3),
+    "Q6_K": Uniform(-32, 31),
+}
 #: By type, and whether there is importance: with it ggml's own search is the closer one.
 _SEARCHES = {
     ("Q3_K", False): BlockSearch(31, 1.2, (-4, -2, 0, 2, 4), rounds=1),
     ("Q3_K", True): BlockSearch(31, 1.3, (-8, -6, -4, -2, 0, 2, 4, 6, 8), (0.75, 0.9, 1.05), rounds=2),
     ("Q6_K", False): BlockSearch(127, 1.2, tuple(range(-1, 9))),
-    ("Q6_K", True): BlockSearch(127, 1.2, tuple(range(-2, 11))),
+    ("Q6_K", True): BlockSearch(127, 1.2, (-7, -5, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 10), rounds=1),
 }
 #: Q4_0, Q5_0: what the weight of largest magnitude becomes, as part of the lowest code; below 0 of the other sign.
 _FACTORS = (1.0, 1.07, 1.14, 0.94, 0.88, 0.83, -1.1, -1.02, -0.94, -0.86, -0.78)
@@ -100,28 +106,27 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
     """
     format = block_format(name)
     blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
-    if name in K_TYPES:
-        grid, search = _GRIDS[name], _SEARCHES[name, importance is not None]
-        check_range(w, name, grid, search.top)
+    grid, search = _GRIDS[name], _SEARCHES.get((name, importance is not None))
+    check_range(w, name, grid, search.top if search else 1)
+    if search:
         for part, d, scales, codes in encoded_blocks(w, importance, grid, search, K_TYPES[name].n_sub_blocks, backend):
             blocks[part] = pack(SuperBlocks(d, scales, codes), name)
     elif name == "Q8_0" or importance is None:
         for start in range(0, len(blocks), _CHUNK):
             _reference(w.reshape(-1, 32)[start : start + _CHUNK], name, blocks[start : start + _CHUNK])
     else:
-        check_range(w, name, _GRIDS[name], 1)
-        for part, d, codes in encoded_groups(w, importance, _GRIDS[name], _FACTORS, backend):
+        for part, d, codes in encoded_groups(w, importance, grid, _FACTORS, backend):
             _store(d, codes, name, blocks[part])
-    return blocks.reshape(w.shape[0], -1)
+    return blocks.reshape(w.shape[0], w.shape[1] // format.block_size * format.type_size)
 
 
 def check_range(w: np.ndarray, name: str, grid: Any, top: int) -> None:
     """Refuse weights that no float16 `d` reaches.
 
     Raises:
-        FormatError: a weight beyond the largest float16 times `top` and the grid's shorter side, or NaN.
+        FormatError: a weight beyond the largest float16 times `top` and the grid's longer side, or NaN.
     """
-    limit = _LARGEST_FLOAT16 * top * min(-grid.low, grid.high)
+    limit = _LARGEST_FLOAT16 * top * -grid.low
     flat = w.reshape(-1)
     step = 32 * _CHUNK
     for start in range(0, flat.size, step):
@@ -283,7 +288,7 @@ def _reference(x: np.ndarray, name: str, blocks: np.ndarray) -> None:
     x = np.ascontiguousarray(x.T)
     high, low = x.max(axis=0), x.min(axis=0)
     if name == "Q8_0":
-        d = np.maximum(high, -low) / np.float32(127)
+        d = np.maximum(np.abs(high), np.abs(low)) / np.float32(127)
     else:
         d = np.where(high > -low, high, low)
         ties = np.flatnonzero((high == -low) & (high > 0))
