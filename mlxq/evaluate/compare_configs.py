@@ -75,7 +75,8 @@ def compare_configs(a: dict[str, Any], b: dict[str, Any]) -> tuple[ConfigDiffere
         if _counts(key) and not _same(read_a.get(key), read_b.get(key))
     ]
     read = {f.name for c in (a, b) for f in dataclasses.fields(model_classes(c)[1])} - {"rope_parameters"}
-    shared = sorted((a.keys() & b.keys()) - read)
+    # Where mlx-lm does not ask, the architecture is always tied or the tensors tell.
+    shared = sorted((a.keys() & b.keys()) - read - {"tie_word_embeddings"})
     found += [ConfigDifference(key, a[key], b[key]) for key in shared if _counts(key) and not _same(a[key], b[key])]
     return tuple(found)
 

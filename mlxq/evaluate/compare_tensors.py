@@ -1,9 +1,7 @@
 """Two models' tensors against each other, as the numbers that their formats stand for, whatever the formats are.
 
-Every tensor is decoded to float32: `scales * q + biases` in float32 for MLX's affine codes, ggml's own arithmetic for
-its blocks. That is what a GGUF and an MLX directory of one quantization share. `mx.dequantize` rounds the same number
-to the dtype of the scales once for the product and once for the sum; a float tensor that holds exactly those values is
-recognized too. Codes are compared before anything is decoded where both sides are affine with one grid.
+Every tensor is decoded to float32 (`compare_values`), some rows at a time on a few threads. What is stored with the
+same bits in the same format is not decoded.
 """
 
 from __future__ import annotations
@@ -21,14 +19,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.formats import affine
-from mlxq.formats.floats import dtype_of, to_float32
+from mlxq.evaluate.compare_values import decoded, equal_bits, is_rounded, read_stored, same_bits, same_with_offset
 from mlxq.ops.threads import map_in_threads
-from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, QuantizedTensor, TensorInfo
+from mlxq.types import CancelToken, Progress, ProgressCallback, TensorInfo
 
-#: How two tensors compare: `identical` bit for bit in float32; `equal` as numbers (zeros of either sign);
-#: `rounded`: one side holds what `mx.dequantize` makes of the other; `different`; `shape`: the shapes disagree;
-#: `only_a`, `only_b`: the other side has no such tensor.
+#: How two tensors compare: `identical` bit for bit in float32; `equal` as numbers (zeros of either sign; norms to which
+#: a GGUF adds 1, once it is added); `rounded`: one side holds what `mx.dequantize` makes of the other; `different`;
+#: `shape`: the shapes disagree; `only_a`, `only_b`: the other side has no such tensor.
 Status = Literal["identical", "equal", "rounded", "different", "shape", "only_a", "only_b"]
 
 #: Statuses that say that both sides hold the same weights.
@@ -192,10 +189,10 @@ class _Work:
             return chunk, sum((self._rows(chunk.info, rows) for rows in self._parts(chunk.info)), _Sums())
 
     def _rows(self, info: TensorInfo, rows: slice | None) -> _Sums:
-        a, b = (_read(p, info.name, rows) for p in (self.a, self.b))
-        if _same_bits(a, b):
+        a, b = (read_stored(p, info.name, rows) for p in (self.a, self.b))
+        if same_bits(a, b):
             return _Sums(partial=True)
-        return _differences(_float32(a), _float32(b))
+        return _differences(decoded(a), decoded(b))
 
     def result(self, name: str, sums: _Sums | None) -> TensorComparison:
         infos = [p.tensors.get(name) for p in (self.a, self.b)]
@@ -207,8 +204,14 @@ class _Work:
         if sums.n_different and sums.partial:
             sums = dataclasses.replace(sums, size=self._size(infos[0]))
         status = "different" if sums.n_different else "equal" if sums.bits_differ else "identical"
-        if status == "different" and sums.rmse <= _ROUNDED_RMSE and self._is_rounded(name):
+        if (
+            status == "different"
+            and sums.rmse <= _ROUNDED_RMSE
+            and is_rounded(self.a, self.b, name, self._parts(infos[0]))
+        ):
             status = "rounded"
+        if status == "different" and same_with_offset(self.a, self.b, name):
+            status = "equal"
         return TensorComparison(name, status, *shapes, *formats, sums.rmse, sums.max_error, sums.n_different)
 
     def _parts(self, info: TensorInfo) -> Iterator[slice | None]:
@@ -219,55 +222,12 @@ class _Work:
 
     def _size(self, info: TensorInfo) -> float:
         """Sum of squares of a tensor of the first side."""
-        return sum(_sum_of_squares(_float32(_read(self.a, info.name, rows))) for rows in self._parts(info))
-
-    def _is_rounded(self, name: str) -> bool:
-        """Whether one side is floats, and exactly those that `mx.dequantize` makes of the other side's codes."""
-        infos = [p.tensors[name] for p in (self.a, self.b)]
-        dtypes = [i.dtype for i in infos]
-        if "AFFINE" not in dtypes or not any(d in FLOAT_BYTES for d in dtypes):
-            return False
-        return all(
-            bool((_float32(self.a.read(name, rows)) == _float32(self.b.read(name, rows))).all())
-            for rows in self._parts(infos[0])
-        )
-
-
-def _read(parameters: ParameterMap, name: str, rows: slice | None) -> np.ndarray | QuantizedTensor:
-    """What is stored, as far as it can be compared without decoding: affine codes, floats, decoded ggml blocks."""
-    if parameters.tensors[name].dtype == "AFFINE":
-        return parameters.read_quantized(name, rows)
-    return parameters.read(name, rows)
-
-
-def _same_bits(a: np.ndarray | QuantizedTensor, b: np.ndarray | QuantizedTensor) -> bool:
-    """Whether both are stored in one format with the same bits; False says nothing about the numbers."""
-    if isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor):
-        pairs = [(a.scales, b.scales), (a.biases, b.biases), (a.w_q, b.w_q)]
-        return (a.spec, a.dtype) == (b.spec, b.dtype) and all(_equal_bits(x, y) for x, y in pairs)
-    if isinstance(a, QuantizedTensor) or isinstance(b, QuantizedTensor):
-        return False
-    return a.dtype == b.dtype and _equal_bits(a, b)
-
-
-def _equal_bits(x: np.ndarray, y: np.ndarray) -> bool:
-    x, y = (np.ascontiguousarray(v).reshape(-1).view(f"u{v.itemsize}") for v in (x, y))
-    return bool((x == y).all())
-
-
-def _float32(values: np.ndarray | QuantizedTensor) -> np.ndarray:
-    """The numbers as a flat float32 array, affine codes decoded in float32 arithmetic."""
-    if isinstance(values, QuantizedTensor):
-        spec = values.spec
-        codes = affine.unpack(values.w_q, spec.bits, values.shape[-1])
-        scales, biases = (to_float32(p, values.dtype) for p in (values.scales, values.biases))
-        return affine.dequantize(codes, scales, biases, spec.bits, spec.group_size).reshape(-1)
-    return np.ascontiguousarray(to_float32(values, dtype_of(values))).reshape(-1)
+        return sum(_sum_of_squares(decoded(read_stored(self.a, info.name, rows))) for rows in self._parts(info))
 
 
 def _differences(a: np.ndarray, b: np.ndarray) -> _Sums:
     """Sums over two flat float32 arrays; a weight that is NaN on both sides is the same on both."""
-    bits_differ = not _equal_bits(a, b)
+    bits_differ = not equal_bits(a, b)
     with np.errstate(invalid="ignore", over="ignore", under="ignore"):
         if not bits_differ:
             return _Sums(size=_sum_of_squares(a))

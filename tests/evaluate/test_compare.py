@@ -409,3 +409,30 @@ def test_a_real_gguf_and_its_mlx_repack_are_identical(smollm2_gguf: Path, tmp_pa
     found = compare(smollm2_gguf, tmp_path / "q")
     assert found.identical, found.failure
     assert {t.status for t in found.tensors} == {"identical"}
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "mixtral", "phi3", "gpt2", "cohere", "llama3"])
+def test_architectures_as_gguf_are_identical(tmp_path: Path, name: str) -> None:
+    """Other names, permuted rows, stacked experts, fused matrices, and norms that hold the weight plus 1."""
+    import gguf_zoo
+
+    a = gguf_zoo.save(tmp_path / "a", gguf_zoo.ZOO[name])
+    b = gguf_zoo.write_gguf(a, tmp_path / "b.gguf")
+    for pair in ((a, b), (b, a)):
+        found = compare(*pair, only=["tensors", "config"])
+        assert found.identical, found.failure
+    statuses = {t.status for t in found.tensors}
+    # Adding 1 to random float32 numbers and taking it off again loses their last bits.
+    assert statuses == ({"identical", "equal"} if name.startswith("gemma") else {"identical"})
+
+
+def test_a_norm_that_differs_where_a_gguf_adds_1(tmp_path: Path) -> None:
+    import gguf_zoo
+
+    a = gguf_zoo.save(tmp_path / "a", gguf_zoo.ZOO["gemma3_text"])
+    b = gguf_zoo.write_gguf(a, tmp_path / "b.gguf")
+    arrays = load(a)
+    # One step of float32 between 1 and 2.
+    step = mx.array([2.0**-23] + [0.0] * 63)
+    save(a, arrays | {"model.norm.weight": arrays["model.norm.weight"] + step})
+    assert "model.norm.weight" in [t.name for t in compare(a, b, only=["tensors"]).outside]
