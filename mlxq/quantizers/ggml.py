@@ -113,16 +113,13 @@ def _unfit(importance: np.ndarray) -> float:
 
 
 def _encode(rows: np.ndarray, name: str, importance: np.ndarray | None, backend: str | None) -> np.ndarray:
-    chosen = choose(Call("encode", _device()), backend)
     if name in _ASYMMETRIC:
-        from mlxq.quantizers import ggml_asymmetric
-
-        return ggml_asymmetric.quantize(rows, name, importance, chosen)
-    if name in _SYMMETRIC:
+        from mlxq.quantizers import ggml_asymmetric as encoder
+    elif name in _SYMMETRIC:
         from mlxq.quantizers import ggml_symmetric as encoder
     else:
         from mlxq.quantizers import ggml_iq4 as encoder
-    return encoder.quantize(rows, name, importance)
+    return encoder.quantize(rows, name, importance, choose(Call("encode", _device()), backend))
 
 
 def _device() -> str:

@@ -77,28 +77,34 @@ class _Block(NamedTuple):
     m: Any
 
 
-def _line(xp: Any, sums: _Sums, moments: Any) -> tuple[Any, Any]:
+def _optimum(xp: Any, sums: _Sums, moments: Any) -> tuple[Any, Any]:
     """Scale and offset `b` of the least-squares line through the codes that `moments` `[..., 3, n_groups, n]` sum."""
     q, qq, qx = moments[..., 0, :, :], moments[..., 1, :, :], moments[..., 2, :, :]
     # Where all codes are equal the determinant is 0: then any line through the mean will do.
     total_qq = sums.total * qq
     s = (sums.total * qx - q * sums.x) / xp.maximum(total_qq - q * q, 1e-6 * total_qq + _TINY)
-    b = (sums.x - s * q) / sums.total
+    return s, (sums.x - s * q) / sums.total
+
+
+def _line(xp: Any, sums: _Sums, moments: Any) -> tuple[Any, Any]:
+    """`_optimum` among the offsets that can be stored and scales that are not negative."""
+    s, b = _optimum(xp, sums, moments)
     if sums.limit is not None:
+        q, qq, qx = moments[..., 0, :, :], moments[..., 1, :, :], moments[..., 2, :, :]
         b = xp.minimum(b, sums.limit)
-    return _scale(xp, moments, b), b
-
-
-def _scale(xp: Any, moments: Any, b: Any) -> Any:
-    """The best scale for an offset; never negative."""
-    q, qq, qx = moments[..., 0, :, :], moments[..., 1, :, :], moments[..., 2, :, :]
-    return xp.maximum((qx - b * q) / xp.maximum(qq, _TINY), 0)
+        s = (qx - b * q) / xp.maximum(qq, _TINY)
+    return xp.maximum(s, 0), b
 
 
 def _error(sums: _Sums, moments: Any, s: Any, b: Any) -> Any:
     """Weighted squared error of each group, less the sum of `w x^2`, which no choice changes."""
     q, qq, qx = moments[..., 0, :, :], moments[..., 1, :, :], moments[..., 2, :, :]
     return s * (s * qq + 2 * (b * q - qx)) + b * (b * sums.total - 2 * sums.x)
+
+
+def _excess(sums: _Sums, moments: Any, ds: Any, db: Any) -> Any:
+    """`_error` of lines `ds`, `db` from the optimum, less its own: for given codes, without cancellation."""
+    return ds * (ds * moments[1] + 2 * db * moments[0]) + db * db * sums.total
 
 
 def _best(xp: Any, error: Any, *arrays: Any) -> list[Any]:
@@ -169,14 +175,16 @@ def _step(xp: Any, values: Any, factors: tuple[float, ...], largest: int) -> Any
 def _fit_blocks(xp: Any, sums: _Sums, fit: tuple[Any, Any, Any], largest: int, search: _Search) -> _Block:
     """Step 2: steps and integers of each block for the codes of step 1."""
     s, b, moments = fit
+    best_s, best_b = _optimum(xp, sums, moments)
     d = _step(xp, s, search.factors, largest)
     sc = xp.minimum(xp.round(s * _inverse(xp, d)), largest)
     # Each d is judged with the offset that goes best with its scales, as yet unrounded.
     b = xp.minimum((sums.x - d * sc * moments[0]) / sums.total, sums.limit)
-    d, sc, b = _best(xp, _error(sums, moments, d * sc, b).sum(axis=1), d, sc, b)
+    d, sc, b = _best(xp, _excess(sums, moments, d * sc - best_s, b - best_b).sum(axis=1), d, sc, b)
     dmin = _step(xp, -(sums.low + b), search.factors, largest)
     m = _min_for(xp, sums, moments, d * sc, dmin, largest)
-    dmin, m = _best(xp, _error(sums, moments, d * sc, -sums.low - dmin * m).sum(axis=1), dmin, m)
+    db = -sums.low - dmin * m - best_b
+    dmin, m = _best(xp, _excess(sums, moments, d * sc - best_s, db).sum(axis=1), dmin, m)
     return _Block(d[0], dmin[0], sc, m)
 
 
@@ -203,7 +211,8 @@ def _solve_integers(xp: Any, sums: _Sums, moments: Any, block: _Block, largest: 
     sc = xp.clip(xp.stack([block.sc - 1, block.sc, block.sc + 1]), 0, largest)
     s = block.d * sc
     m = _min_for(xp, sums, moments, s, block.dmin, largest)
-    sc, m = _best(xp, _error(sums, moments, s, -sums.low - block.dmin * m), sc, m)
+    best_s, best_b = _optimum(xp, sums, moments)
+    sc, m = _best(xp, _excess(sums, moments, s - best_s, -sums.low - block.dmin * m - best_b), sc, m)
     return block._replace(sc=sc, m=m)
 
 
@@ -249,7 +258,7 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
         raise FormatError(f"{name!r} has no encoder here: the types that have one are {', '.join(_SEARCHES)}")
     encode = _encode_k if name in K_TYPES else _encode_1
     blocks = encode(w, name, importance, mlx_tiles if backend == "mlx" else numpy_tiles)
-    return blocks.reshape(w.shape[0], -1)
+    return blocks.reshape(w.shape[0], w.shape[1] // block_format(name).block_size * blocks.shape[1])
 
 
 def _encode_k(w: np.ndarray, name: str, importance: np.ndarray | None, tiles: Any) -> np.ndarray:

@@ -10,7 +10,8 @@ NumPy tiles reuse their buffers; mlx tiles are lazy. The mlx tile has not run on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -86,6 +87,7 @@ class MlxTile:
         import mlx.core as mx
 
         self.xp = mx
+        self._round = _rounded if mx.default_device().type == mx.DeviceType.cpu else _compiled_rounded()
         self.x, self.w = x, w
         self._wx = x if w is None else w * x
 
@@ -94,10 +96,7 @@ class MlxTile:
         self._wx = self.x if self.w is None else self.w * self.x
 
     def round(self, inverse: Any, offset: Any | None, low: int, high: int) -> Any:
-        scaled = self.x * inverse
-        if offset is not None:
-            scaled = scaled + offset
-        return self.xp.clip(self.xp.round(scaled), low, high)
+        return self._round(self.x, inverse, 0 if offset is None else offset, low, high)
 
     def moments(self, q: Any) -> Any:
         wq = q if self.w is None else self.w * q
@@ -107,6 +106,20 @@ class MlxTile:
         mx = self.xp
         total = mx.full(self.x.shape[1:], self.x.shape[0], mx.float32) if self.w is None else self.w.sum(axis=0)
         return total, self._wx.sum(axis=0)
+
+
+def _rounded(x: Any, inverse: Any, offset: Any, low: int, high: int) -> Any:
+    import mlx.core as mx
+
+    return mx.clip(mx.round(x * inverse + offset), low, high)
+
+
+@cache
+def _compiled_rounded() -> Callable:
+    """`_rounded` as one kernel, for a GPU; on a CPU mlx would need a C++ compiler."""
+    import mlx.core as mx
+
+    return mx.compile(_rounded)
 
 
 def numpy_tiles(
