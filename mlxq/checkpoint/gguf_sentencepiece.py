@@ -18,6 +18,16 @@ _ESCAPE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
 
 
+def _replace(expression: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"Regex": expression}, "content": content}
+
+
+#: Unigram's prefix is written where the first word begins, so that a text of spaces alone has none.
+UNIGRAM_PREFIX = _replace(r"\A(?= *[^ ])", " ")
+#: Spaces at the ends vanish, runs of them become one.
+MERGED_SPACES = (_replace(r"\A +| +\z", ""), _replace(" +", " "))
+
+
 def sentencepiece_bpe(vocabulary: Vocabulary) -> dict[str, Any]:
     """Spaces become `▁`, then the pair whose joined text has the best score is merged first; the rest becomes bytes.
 
@@ -64,10 +74,9 @@ def unigram(vocabulary: Vocabulary) -> dict[str, Any]:
         steps.append({"type": "Precompiled", "precompiled_charsmap": encoded})
     if merged:
         # Spaces are written where a word begins: at the first one too, whatever add_space_prefix says.
-        steps += [_replace(r"\A +| +\z", ""), _replace(" +", " "), _PREPEND]
+        steps += [*MERGED_SPACES, _PREPEND]
     elif prefix:
-        # The prefix is written where the first word begins, so that a text of spaces alone has none.
-        steps.append(_replace(r"\A(?= *[^ ])", " "))
+        steps.append(UNIGRAM_PREFIX)
     scores = vocabulary.scores()
     model = {
         "type": "Unigram",
@@ -86,10 +95,6 @@ def unigram(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _sequence(steps: list[dict[str, Any]]) -> dict[str, Any]:
     return {"type": "Sequence", "normalizers": steps}
-
-
-def _replace(expression: str, content: str) -> dict[str, Any]:
-    return {"type": "Replace", "pattern": {"Regex": expression}, "content": content}
 
 
 def _decoder(prefix: bool) -> dict[str, Any]:

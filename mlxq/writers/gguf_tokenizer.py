@@ -15,7 +15,7 @@ import numpy as np
 from mlxq.checkpoint.gguf_config import END_TEXTS
 from mlxq.errors import CheckpointError
 from mlxq.writers.gguf_vocabulary import Vocabulary, build_vocabulary
-from mlxq.writers.gguf_whitespace import normalizers
+from mlxq.writers.gguf_whitespace import normalizers, parts_of, space_prefix
 from mlxq.writers.tokenizer_files import TokenizerFiles
 
 #: Special token -> its key; the spelling of the separator's is the format's.
@@ -171,6 +171,11 @@ def tokenizer_differences(files: dict[str, Path | bytes]) -> list[str]:
     lines = []
     if any(n["type"] == "NFC" for n in normalizers(source.tokenizer)):
         lines.append("text that is not in Unicode's composed form (NFC) gets other ids: llama.cpp does not compose it")
+    splits = parts_of(source.tokenizer.get("pre_tokenizer"), "pretokenizers")
+    if space_prefix(source) and any(s["type"] == "Metaspace" for s in splits):
+        lines.append(
+            "text that begins with a space gets other ids: llama.cpp puts one more before it, as SentencePiece does"
+        )
     strips = [t.content for t in source.added_tokens().values() if t.strips]
     if strips:
         lines.append(

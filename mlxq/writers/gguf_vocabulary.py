@@ -13,7 +13,15 @@ from typing import Any
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 from mlxq.writers.gguf_pre import pre_name
-from mlxq.writers.gguf_whitespace import SPACE, charsmap, check_spaces, normalizers, removes_whitespace, space_prefix
+from mlxq.writers.gguf_whitespace import (
+    SPACE,
+    InexpressibleError,
+    charsmap,
+    check_spaces,
+    normalizers,
+    removes_whitespace,
+    space_prefix,
+)
 from mlxq.writers.sentencepiece_model import (
     BPE,
     BYTE,
@@ -71,13 +79,17 @@ def build_vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None) ->
     if kind == "BPE" and not files.tokenizer["model"].get("byte_fallback"):
         return _byte_level(files, vocab_size, pre)
     name = next((n for n in _SENTENCEPIECE_FILES if n in files.files), None)
+    build = {"BPE": _fallback_bpe, "Unigram": _unigram}.get(kind)
+    if build is not None:
+        try:
+            # What Hugging Face runs comes first: transformers does not always merge as the SentencePiece model does.
+            return build(files, vocab_size)
+        except InexpressibleError:
+            if name is None:
+                raise
     if name is not None:
         model = parse_sentencepiece(files.read(name), files.where(name))
         return _sentencepiece(files, model, vocab_size)
-    if kind == "BPE":
-        return _fallback_bpe(files, vocab_size)
-    if kind == "Unigram":
-        return _unigram(files, vocab_size)
     raise CheckpointError(
         f"{files.where('tokenizer.json')}: no tokenizer that GGUF can hold: expected tokenizer.json with a model of "
         f"type BPE or Unigram, or a SentencePiece tokenizer.model; found {quoted(kind)}"
@@ -229,7 +241,7 @@ def _scores_of_merges(files: TokenizerFiles, vocab: dict[str, int], pairs: list[
     if every such pair is a merge and the merges that make one token follow each other.
 
     Raises:
-        CheckpointError: they are not so.
+        InexpressibleError: they are not so.
     """
     where = files.where("tokenizer.json")
     scores: dict[str, float] = {}
@@ -237,7 +249,7 @@ def _scores_of_merges(files: TokenizerFiles, vocab: dict[str, int], pairs: list[
     for left, right in pairs:
         text = left + right
         if text != previous and text in scores:
-            raise CheckpointError(
+            raise InexpressibleError(
                 f"{where}: the merges that make {text!r} do not follow each other, so no score gives their order: "
                 "tokenizer.model is needed"
             )
@@ -251,7 +263,7 @@ def _scores_of_merges(files: TokenizerFiles, vocab: dict[str, int], pairs: list[
         for cut in range(1, len(text)):
             pair = (text[:cut], text[cut:])
             if pair not in merges and pair[0] in vocab and pair[1] in vocab:
-                raise CheckpointError(
+                raise InexpressibleError(
                     f"{where}: llama.cpp would merge {pair[0]!r} and {pair[1]!r}, which this tokenizer does not: "
                     "tokenizer.model is needed"
                 )

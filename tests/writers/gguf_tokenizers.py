@@ -44,7 +44,9 @@ def write_gguf(path: Path, metadata: dict, vocab: int) -> Path:
 def metadata_of(tokenizer, settings: dict | None = None, vocab: int | None = None, **options) -> dict:
     """Of a `tokenizers.Tokenizer` and the content of tokenizer_config.json."""
     files = {
-        "tokenizer.json": tokenizer.to_str().encode() if hasattr(tokenizer, "to_str") else json.dumps(tokenizer).encode(),
+        "tokenizer.json": tokenizer.to_str().encode()
+        if hasattr(tokenizer, "to_str")
+        else json.dumps(tokenizer).encode(),
         "tokenizer_config.json": json.dumps(settings or {}).encode(),
     }
     size = vocab or tokenizer.get_vocab_size()
@@ -86,17 +88,17 @@ def sentencepiece_model(kind: str, **options) -> bytes:
     import sentencepiece
 
     model = io.BytesIO()
-    settings = dict(
-        vocab_size=1500,
-        byte_fallback=True,
-        character_coverage=0.985,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        allow_whitespace_only_pieces=True,
-        hard_vocab_limit=False,
-        user_defined_symbols=["▁▁", "<tag>"],
-        minloglevel=2,
-    )
+    settings = {
+        "vocab_size": 1500,
+        "byte_fallback": True,
+        "character_coverage": 0.985,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        "hard_vocab_limit": False,
+        "user_defined_symbols": ["<tag>"],
+        "minloglevel": 2,
+    }
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus()), model_writer=model, model_type=kind, **settings | options
     )
