@@ -11,6 +11,7 @@ from typing import Any
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.imatrix import ImportanceMatrix
 from mlxq.checkpoint.base import Checkpoint
+from mlxq.checkpoint.gguf_fields import config_name
 from mlxq.checkpoint.gguf_names import GgufArchitecture, MappedTensor, architecture_for
 from mlxq.checkpoint.gguf_names import to_gguf as gguf_name
 from mlxq.checkpoint.source import open_checkpoint
@@ -112,16 +113,16 @@ def _names(parameters: ParameterMap, arch: GgufArchitecture) -> dict[str, Mapped
 
 
 def _model(config: dict[str, Any], arch: GgufArchitecture) -> GgufModel:
-    def first(*keys: str, default: int = 0) -> int:
-        return next((config[key] for key in keys if config.get(key) is not None), default)
+    def number(key: str, default: int = 0) -> int:
+        return config.get(config_name(arch.model_type, key)) or default
 
-    heads = first("num_attention_heads", "n_head")
+    heads = number("attention.head_count")
     return GgufModel(
         arch=arch.name,
-        n_layers=first("num_hidden_layers", "n_layer"),
+        n_layers=number("block_count"),
         n_heads=heads,
-        n_kv_heads=first("num_key_value_heads", default=heads),
-        n_experts=first("num_local_experts", "num_experts"),
+        n_kv_heads=number("attention.head_count_kv", heads),
+        n_experts=number("expert_count"),
     )
 
 

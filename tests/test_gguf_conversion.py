@@ -1,0 +1,256 @@
+"""Whole conversions to GGUF, judged by llama.cpp and the gguf package, and every way in which they may fail."""
+
+import json
+
+import command
+import gguf
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from llamacpp import LlamaCpp
+
+import mlxq
+from mlxq.checkpoint.gguf_file import GgufFile
+from mlxq.conversion import convert, export
+from mlxq.errors import Cancelled, CheckpointError, FormatError, OutputError, PlanError
+from mlxq.plan.gguf_mixes import FILE_TYPES
+
+#: Rows of whole super-blocks.
+WIDE = {"hidden_size": 256, "intermediate_size": 512}
+CONFIG = tiny.LLAMA | WIDE
+PROMPT = list(b"the quick brown fox")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("gguf") / "source")
+
+
+def make_model(directory):
+    """A tiny llama whose tokenizer has a merge, without which llama.cpp takes none."""
+    weights = tiny.random_tensors(tiny.llama_shapes(CONFIG))
+    # The next token is one of ASCII: llama.cpp's server tells no probabilities where a text ends within a character.
+    weights["lm_head.weight"][94:] = 0
+    tiny.make_model(directory, tensors=weights, **WIDE)
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["th"] = 258
+    tokenizer["model"]["merges"] = [["t", "h"]]
+    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return directory
+
+
+def stored(path):
+    """Tensor name -> (type name, decoded float32 row-major), read by the gguf package."""
+    return {
+        t.name: (t.tensor_type.name, gguf.quants.dequantize(t.data, t.tensor_type))
+        for t in gguf.GGUFReader(path).tensors
+    }
+
+
+def left(directory):
+    return sorted(p.name for p in directory.iterdir())
+
+
+@pytest.mark.parametrize("file_type", [t for t in FILE_TYPES if t != "Q2_K_S"])
+def test_every_file_type_holds_the_source_and_runs_in_llama_cpp(tmp_path, source, file_type):
+    out = tmp_path / "m.gguf"
+    result = convert(source, out, type=file_type, verify=False)
+    assert result.plan.dtype == file_type
+    original = mx.load(str(source / "model.safetensors"))
+    w = np.array(original["model.layers.1.mlp.down_proj.weight"].astype(mx.float32))
+    found = stored(out)
+    w_hat = found["blk.1.ffn_down.weight"][1]
+    bits = {"F32": 24, "F16": 11, "BF16": 8}.get(file_type) or int(found["blk.1.ffn_down.weight"][0].strip("IQ")[0])
+    # A group of 32 normal weights spans about 4.2 deviations in 2^bits steps, of which 1/sqrt(12) is lost.
+    assert np.linalg.norm(w_hat - w) / np.linalg.norm(w) < 1.37 / (2**bits - 1)
+    assert found["output_norm.weight"][0] == "F32"
+
+    top = LlamaCpp(out).logprobs(PROMPT, 20)
+    with mlxq.load(out) as model:
+        logits = np.array(model.module(mx.array([PROMPT]))[0, -1].astype(mx.float32), np.float64)
+    expected = logits - np.log(np.exp(logits).sum())
+    # llama.cpp rounds activations to 8 bits in groups of 32 (or 256): 4.2 / 255 / sqrt(12) of them, in every product.
+    assert max(abs(expected[i] - p) for i, p in top.items()) < 0.1
+
+
+def test_llama_cpp_decodes_our_bytes_as_we_do(tmp_path, source):
+    from mlxq.checkpoint.source import open_checkpoint
+
+    convert(source, tmp_path / "m.gguf", type="Q4_K_M", verify=False)
+    with open_checkpoint(tmp_path / "m.gguf") as ours:
+        for name, (kind, values) in stored(tmp_path / "m.gguf").items():
+            if name == "output.weight":
+                assert kind == "Q6_K"
+                np.testing.assert_array_equal(ours.read("lm_head.weight"), values)
+            if name == "blk.0.ffn_down.weight":
+                assert kind == "Q4_K"
+                np.testing.assert_array_equal(ours.read("model.layers.0.mlp.down_proj.weight"), values)
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "Q5_1", "Q8_0", "Q4_0", "Q5_0"])
+def test_gguf_to_mlx_to_gguf_gives_the_same_bytes(tmp_path, source, name):
+    first, last = tmp_path / "first.gguf", tmp_path / "last.gguf"
+    convert(source, first, type=name, verify=False)
+    convert(first, tmp_path / "mlx", verify=False)
+    export(tmp_path / "mlx", last, verify=False)
+    a, b = GgufFile(first), GgufFile(last)
+    assert a.tensors.keys() == b.tensors.keys()
+    # The output of most file types is Q6_K, which no grid of MLX holds.
+    kept = {key: tensor for key, tensor in a.tensors.items() if tensor.type_name in ("F32", name)}
+    assert len(kept) >= len(a.tensors) - 1
+    for key, tensor in kept.items():
+        other = b.tensors[key]
+        assert tensor.type_name == other.type_name, key
+        ours, theirs = (f.read_bytes(t.offset, t.nbytes) for f, t in ((a, tensor), (b, other)))
+        assert np.array_equal(ours, theirs), key
+
+
+def test_gguf_to_gguf_as_stored_is_byte_for_byte(tmp_path, source):
+    convert(source, tmp_path / "a.gguf", type="Q3_K_M", verify=False)
+    export(tmp_path / "a.gguf", tmp_path / "b.gguf", exact=True, verify=False)
+    a, b = GgufFile(tmp_path / "a.gguf"), GgufFile(tmp_path / "b.gguf")
+    for key, tensor in a.tensors.items():
+        other = b.tensors[key]
+        assert np.array_equal(a.read_bytes(tensor.offset, tensor.nbytes), b.read_bytes(other.offset, other.nbytes))
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_directories_of_mlx_lm_are_exported_without_loss(tmp_path, source, bits, group_size):
+    """Decoded by gguf, every weight is `mx.dequantize`'s with its scales in float32."""
+    from mlx_lm import convert as stock
+
+    stock(str(source), str(tmp_path / "mlx"), quantize=True, q_bits=bits, q_group_size=group_size, dtype="float16")
+    result = export(tmp_path / "mlx", tmp_path / "m.gguf", exact=True, verify=False)
+    assert {p.dtype for p in result.plan.tensors} == {"F32", "Q5_1" if bits == 5 else "Q4_1"}
+    arrays = mx.load(str(tmp_path / "mlx" / "model.safetensors"))
+    decoded = stored(tmp_path / "m.gguf")
+    name = "model.layers.1.mlp.down_proj"
+    parts = [arrays[f"{name}.{p}"] for p in ("weight", "scales", "biases")]
+    expected = mx.dequantize(
+        parts[0], *(p.astype(mx.float32) for p in parts[1:]), group_size=group_size, bits=bits, stream=mx.cpu
+    )
+    np.testing.assert_array_equal(decoded["blk.1.ffn_down.weight"][1], np.array(expected))
+
+
+def test_what_no_type_holds_is_rounded_and_said_or_refused(tmp_path, source):
+    convert(source, tmp_path / "mlx", bits=6, verify=False)
+    result = export(tmp_path / "mlx", tmp_path / "m.gguf", verify=False)
+    assert {p.dtype for p in result.plan.tensors} == {"F32", "Q8_0"}
+    assert "quantized anew" in result.notes[0]
+    manifest = json.loads((tmp_path / "m.mlxq.json").read_text())
+    errors = [t["relative_error"] for t in manifest["tensors"] if t["action"] == "requantize"]
+    # Half a step of Q8_0 in a group of 32: at most 1/254 of the largest, about 4 deviations / 2 / 127 / sqrt(3).
+    assert all(0 < e < 0.012 for e in errors)
+    with pytest.raises(PlanError, match=r"--exact: token_embd\.weight would change.*F32"):
+        export(tmp_path / "mlx", tmp_path / "other.gguf", exact=True)
+    assert not (tmp_path / "other.gguf").exists()
+
+
+def test_the_proof_passes_and_is_kept_beside_the_file(tmp_path, source):
+    result = convert(source, tmp_path / "m.gguf", type="Q5_K_M")
+    assert result.verification.passed
+    manifest = json.loads((tmp_path / "m.mlxq.json").read_text())
+    assert manifest["verification"]["passed"]
+    assert manifest["options"]["type"] == "Q5_K_M"
+    assert left(tmp_path) == ["m.gguf", "m.mlxq.json"]
+
+
+def test_a_file_made_wrong_fails_the_proof_and_leaves_nothing(tmp_path, source, monkeypatch):
+    from mlxq.quantizers import ggml as encoders
+
+    right = encoders.quantize
+
+    def wrong(w, name, importance=None):
+        return right(np.ascontiguousarray(w[::-1]), name, importance)
+
+    monkeypatch.setattr(encoders, "quantize", wrong)
+    with pytest.raises(mlxq.MlxqError, match="broken"):
+        convert(source, tmp_path / "m.gguf", type="Q8_0")
+    assert left(tmp_path) == []
+
+
+def test_mixed_options_are_refused_before_any_work(tmp_path, source):
+    for options in ({"bits": 4}, {"recipe": "mixed"}, {"keep": "x"}, {"dtype": "float16"}):
+        with pytest.raises(PlanError, match="is for an MLX directory"):
+            convert(source, tmp_path / "m.gguf", **options)
+    with pytest.raises(PlanError, match="--type is for a GGUF file"):
+        convert(source, tmp_path / "dir", type="Q4_K_M")
+    with pytest.raises(PlanError, match="Q4_K_M"):
+        convert(source, tmp_path / "m.gguf", type="Q4_K_X")
+    with pytest.raises(PlanError, match=r"ends in \.gguf"):
+        export(source, tmp_path / "dir")
+    assert left(tmp_path) == []
+
+
+def test_existing_files_are_kept_unless_told_otherwise(tmp_path, source):
+    out = tmp_path / "m.gguf"
+    convert(source, out, type="Q8_0", verify=False)
+    before = out.read_bytes()
+    with pytest.raises(OutputError, match="--overwrite"):
+        convert(source, out, type="Q4_0", verify=False)
+    assert out.read_bytes() == before
+    convert(source, out, type="Q4_0", verify=False, overwrite=True)
+    assert len(out.read_bytes()) < len(before)
+    text = tmp_path / "notes.gguf"
+    text.write_text("no model")
+    with pytest.raises(OutputError, match="not a GGUF file"):
+        convert(source, text, type="Q4_0", verify=False, overwrite=True)
+    assert text.read_text() == "no model"
+    with pytest.raises(OutputError, match="directory"):
+        convert(source, make(tmp_path / "d.gguf"), type="Q4_0", verify=False, overwrite=True)
+
+
+def make(directory):
+    directory.mkdir()
+    return directory
+
+
+def test_weights_that_are_not_finite_leave_nothing(tmp_path):
+    tensors = tiny.random_tensors(tiny.llama_shapes(CONFIG))
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    bad = make_model(tmp_path / "bad")
+    tiny.write_safetensors(bad / "model.safetensors", tensors)
+    with pytest.raises(FormatError, match=r"layers\.1\.mlp\.up_proj"):
+        convert(bad, tmp_path / "m.gguf", type="Q4_K_M")
+    assert left(tmp_path) == ["bad"]
+
+
+def test_cancelling_leaves_nothing(tmp_path, source):
+    token = mlxq.CancelToken()
+
+    def cancel(event):
+        token.cancel()
+
+    with pytest.raises(Cancelled):
+        convert(source, tmp_path / "m.gguf", type="Q4_K_M", progress=cancel, cancel=token)
+    assert left(tmp_path) == []
+
+
+def test_an_architecture_without_a_gguf_form_is_refused_by_name(tmp_path, source):
+    other = make_model(tmp_path / "source")
+    (other / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
+    with pytest.raises(CheckpointError, match="'mamba' cannot be written as GGUF"):
+        convert(other, tmp_path / "m.gguf")
+    assert left(tmp_path) == ["source"]
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, source):
+    result = convert(source, tmp_path / "m.gguf", type="Q4_K_M", dry_run=True)
+    types = {p.info.name: p.dtype for p in result.plan.tensors}
+    assert types["lm_head.weight"] == "Q6_K"
+    assert types["model.layers.0.self_attn.q_proj.weight"] == "Q4_K"
+    assert left(tmp_path) == []
+
+
+def test_the_command_line(tmp_path, source):
+    arguments = ("convert", source, "-o", tmp_path / "m.gguf", "--type", "q4_k_m")
+    done = command.mlxq(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert "Q4_K" in done.stdout
+    assert "bits per weight" in done.stdout
+    again = command.mlxq(*arguments)
+    assert again.returncode == 1
+    assert again.stderr.count("\n") == 1
+    assert "--overwrite" in again.stderr
