@@ -23,7 +23,7 @@ _ID_KEYS = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "p
 #: Ends of a turn, and of a message within one, in the order llama.cpp looks for them.
 _TURN_ENDS = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endofturn|>", "<EOT>", "_<EOT>", "[EOT]")
 _MESSAGE_END = "<|eom_id|>"
-_SCALARS = ((bool, "bool"), (int, "uint32"), (float, "float32"), (str, "string"))
+_SCALARS = ((bool, "bool"), (float, "float32"), (str, "string"))
 
 
 def tokenizer_metadata(
@@ -194,10 +194,13 @@ def tokenizer_differences(files: dict[str, Path | bytes]) -> list[str]:
 
 def passthrough(metadata: dict[str, Any]) -> dict[str, tuple[str, Any]]:
     """The `tokenizer.*` entries of an opened GGUF file (`GgufFile.metadata`), typed as they were."""
-    return {key: _typed(value) for key, value in metadata.items() if key.startswith("tokenizer.")}
+    return {key: typed(value) for key, value in metadata.items() if key.startswith("tokenizer.")}
 
 
-def _typed(value: Any) -> tuple[str, Any]:
+def typed(value: Any) -> tuple[str, Any]:
+    """A value that `GgufFile` read, with its kind; an integer takes the one that readers expect of its size."""
+    if type(value) is int:
+        return "int32" if value < 0 else "uint32" if value < 1 << 32 else "uint64", value
     if isinstance(value, np.ndarray):
         return f"{value.dtype.newbyteorder('=').name}[]", value
     if isinstance(value, list):
