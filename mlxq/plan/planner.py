@@ -188,7 +188,7 @@ class _Chooser:
             return info.spec, "codes as in the source"
         if recoding is None:
             return None, "float in the source"
-        reason = f"about {recoding.added:.2g} of error added to the {recoding.own:.2g} of {info.dtype}"
+        reason = f"adds a relative error of about {recoding.added:.2g} to the {recoding.own:.2g} that the type has"
         return self._fit(info, recoding.spec, reason)
 
     def refuse_unmatched(self) -> None:
@@ -245,21 +245,22 @@ def _action(info: TensorInfo, spec: QuantSpec, dtype: str, reason: str) -> tuple
 
 
 def _refuse_lossy(plan: TensorPlan) -> None:
-    """With `--exact`, refuse a tensor that is known to change. Rounded scales and decoded blocks show when written."""
+    """With `--exact`, refuse a tensor that is known to change.
+
+    Whether rounded scales and kept floats change shows when they are written: GGUF files hold norms in float32 that
+    were bfloat16 once.
+    """
     info = plan.info
     if plan.action == "quantize":
         raise PlanError(
             f"--exact: {info.name} is {info.dtype} and would be quantized to {plan.spec}; --keep '{info.name}' keeps it"
         )
     if plan.action == "requantize":
-        way = "leave its bits and group size as they are" if info.spec else "no MLX grid holds its weights"
+        way = "leave its bits and group size as they are, or" if info.spec else "no MLX grid holds its weights;"
         raise PlanError(
-            f"--exact: {info.name} would change from {info.dtype} to {plan.spec}: {way}, or keep its decoded values "
-            f"with --keep '{info.name}' --dtype float32"
+            f"--exact: {info.name} would change from {info.dtype} to {plan.spec}: {way} keep its decoded values with "
+            f"--keep '{info.name}' --dtype float32"
         )
-    if plan.action == "keep" and info.dtype in FLOAT_BYTES and dtypes.narrows(info.dtype, plan.dtype):
-        own, stored = DTYPE_NAMES[info.dtype], DTYPE_NAMES[plan.dtype]
-        raise PlanError(f"--exact: {info.name} would be rounded from {own} to {stored}: use --dtype float32")
 
 
 def _legal(bits: int, group_size: int, where: str) -> None:

@@ -3,7 +3,10 @@
 import pytest
 
 from mlxq.errors import PlanError
+from mlxq.formats import ggml
+from mlxq.formats.geometry import block_format
 from mlxq.plan.planner import PlanOptions, make_plan
+from mlxq.plan.recoding import RECODINGS
 from mlxq.plan.roles import role
 from mlxq.types import QuantSpec, TensorInfo
 
@@ -116,6 +119,106 @@ def test_quantized_source_is_repacked_unless_something_else_is_asked():
     cast = make_plan(quantized_source(), PlanOptions(dtype="bfloat16")).tensors[0]
     assert (cast.action, cast.dtype) == ("repack", "BF16")
     assert "scales rounded from float16 to bfloat16" in cast.reason
+
+
+def blocks(dtype, shape=(64, 256), name="a.weight", module="linear"):
+    """A tensor of a GGUF file as its checkpoint describes it."""
+    format_ = block_format(dtype)
+    nbytes = shape[0] * shape[1] // format_.block_size * format_.type_size
+    spec, scales_dtype = ggml.affine_spec(dtype), ggml.affine_scales_dtype(dtype)
+    return TensorInfo(name, shape, dtype, nbytes, spec, scales_dtype, module)
+
+
+def norm(dtype="F32"):
+    return TensorInfo("n.weight", (256,), dtype, 1024)
+
+
+@pytest.mark.parametrize(
+    ("type_name", "dtype", "rounded"),
+    [
+        ("Q4_K", None, "float32 to float16"),
+        ("Q5_K", "bfloat16", "float32 to bfloat16"),
+        ("Q5_K", "float32", None),
+        ("Q4_1", None, None),
+        ("Q4_1", "float32", None),
+        ("Q8_0", "bfloat16", "float16 to bfloat16"),
+        ("MXFP4", "bfloat16", None),
+        ("MXFP4", None, "bfloat16 to float16"),
+    ],
+)
+def test_codes_are_kept_whatever_the_float_type_of_scales(type_name, dtype, rounded):
+    plan = make_plan([blocks(type_name), norm()], PlanOptions(dtype=dtype)).tensors[0]
+    assert (plan.action, plan.spec) == ("repack", ggml.affine_spec(type_name))
+    assert plan.reason == "codes as in the source" + (f", scales rounded from {rounded}" if rounded else "")
+
+
+@pytest.mark.parametrize("type_name", RECODINGS)
+def test_types_without_a_fitting_grid_become_the_format_of_the_table(type_name):
+    plan = make_plan([blocks(type_name), norm()], PlanOptions()).tensors[0]
+    assert (plan.action, plan.spec) == ("requantize", RECODINGS[type_name].spec)
+    assert f"of about {RECODINGS[type_name].added:.2g}" in plan.reason
+    assert f"(source: {type_name})" in plan.reason
+    asked = make_plan([blocks(type_name), norm()], PlanOptions(bits=4)).tensors[0]
+    assert (asked.action, asked.spec) == ("requantize", QuantSpec(4, 64))
+
+
+def test_groups_of_new_formats_fit_the_rows():
+    # 768 weights are whole super-blocks, 192 whole blocks of IQ4_NL.
+    assert make_plan([blocks("Q3_K", (8, 768))], PlanOptions()).tensors[0].spec == QuantSpec(5, 128)
+    assert make_plan([blocks("IQ4_NL", (8, 192))], PlanOptions()).tensors[0].spec == QuantSpec(6, 64)
+
+
+def test_blocks_take_the_dtype_that_the_model_computes_in():
+    infos = [blocks("Q8_0", (512, 256), "e.weight", "embedding"), blocks("Q4_K"), blocks("Q6_K"), norm()]
+    assert make_plan(infos, PlanOptions()).dtype == "F16"
+    assert make_plan(infos, PlanOptions(), model_dtype="bfloat16").dtype == "BF16"
+    assert make_plan(infos, PlanOptions(dtype="float32"), model_dtype="bfloat16").dtype == "F32"
+    assert make_plan(infos, PlanOptions(), model_dtype="no dtype").dtype == "F16"
+    # Floats, and the scales of an MLX directory, speak for themselves.
+    assert make_plan([info("a.weight", (64, 128))], PlanOptions(), model_dtype="float16").dtype == "BF16"
+    mlx = TensorInfo("a.weight", (64, 128), "AFFINE", 5120, QuantSpec(4, 32), "BF16", "linear")
+    assert make_plan([mlx], PlanOptions(), model_dtype="float16").dtype == "BF16"
+
+
+def test_decoded_tensors_that_are_kept_say_what_they_were():
+    plan = make_plan([blocks("Q6_K"), norm()], PlanOptions(keep=("a",))).tensors[0]
+    assert (plan.action, plan.dtype, plan.reason) == ("keep", "F16", "--keep a; decoded from Q6_K")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "options", "message"),
+    [
+        (
+            info("a.weight", (64, 256)),
+            {},
+            "a.weight is BF16 and would be quantized to 4-bit group 64; --keep 'a.weight'",
+        ),
+        (blocks("Q6_K"), {}, "a.weight would change from Q6_K to 8-bit group 64: no MLX grid .* --dtype float32"),
+        (blocks("Q4_1"), {"bits": 3}, "Q4_1 to 3-bit group 64: leave its bits and group size as they are, or keep"),
+    ],
+)
+def test_exact_refuses_what_is_known_to_change(tensor, options, message):
+    with pytest.raises(PlanError, match=f"--exact: .*{message}"):
+        make_plan([tensor, norm()], PlanOptions(exact=True, **options))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "options", "action"),
+    [
+        (blocks("Q4_K"), {"dtype": "float32"}, "repack"),
+        # Only the values tell whether anything is lost.
+        (blocks("Q4_1"), {}, "repack"),
+        (blocks("Q4_K"), {}, "repack"),
+        (blocks("Q6_K"), {"dtype": "float32", "keep": ("a",)}, "keep"),
+        # Twice as large, and exact.
+        (blocks("IQ4_XS"), {"dtype": "float32"}, "repack"),
+    ],
+)
+def test_exact_plans_what_can_be(tensor, options, action):
+    plan = make_plan([tensor, norm()], PlanOptions(exact=True, **options))
+    assert plan.exact
+    assert [p.action for p in plan.tensors] == [action, "keep"]
+    assert plan.tensors[0].spec == (tensor.spec if action == "repack" else None)
 
 
 def kept(norm_dtype, **options):
