@@ -82,13 +82,21 @@ class Comparison:
 
     @property
     def failure(self) -> str:
-        """What differs, in one line; empty when it passed."""
+        """What differs, in one line that shows the first of each kind; empty when it passed."""
+        texts = [part.failure for part in (self.tokenizer, self.template) if part]
+        return self._join([*texts, ", ".join(map(str, self.config or ()))])
+
+    @property
+    def summary(self) -> str:
+        """What differs, in a short line; empty when it passed."""
+        texts = [part.summary for part in (self.tokenizer, self.template) if part]
+        keys = ", ".join(d.key for d in self.config or ())
+        return self._join([*texts, f"settings differ: {keys}" if keys else ""])
+
+    def _join(self, texts: list[str]) -> str:
         if self.unlike:
             return self.unlike
-        found = [tensors_failure(self.outside, len(self.tensors or ()))]
-        found.append(self.missing_tokenizer)
-        found += [part.failure for part in (self.tokenizer, self.template) if part]
-        found.append(", ".join(map(str, self.config or ())))
+        found = [tensors_failure(self.outside, len(self.tensors or ())), self.missing_tokenizer, *texts]
         return "; ".join(f for f in found if f)
 
     def to_dict(self) -> dict[str, Any]:
@@ -103,6 +111,7 @@ class Comparison:
             "identical": self.identical,
             "tolerance": self.tolerance,
             "failure": self.failure or None,
+            "summary": self.summary or None,
             "unlike": self.unlike or None,
             "tensor_counts": None if self.tensors is None else dict(statuses),
             "tensors": None if self.tensors is None else [t.to_dict() for t in self.tensors],

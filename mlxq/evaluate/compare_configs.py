@@ -74,7 +74,11 @@ def compare_configs(a: dict[str, Any], b: dict[str, Any]) -> tuple[ConfigDiffere
         for key in sorted(read_a.keys() | read_b.keys())
         if _counts(key) and not _same(read_a.get(key), read_b.get(key))
     ]
-    read = {f.name for c in (a, b) for f in dataclasses.fields(model_classes(c)[1])} - {"rope_parameters"}
+    read = {f.name for c in (a, b) for f in dataclasses.fields(model_classes(c)[1])}
+    if any(isinstance(p, dict) for p in (a.get("rope_parameters") or {}).values()):
+        read.discard("rope_parameters")  # by kind of layer; otherwise `normalize` has spelled it out
+    else:
+        read.add("rope_parameters")
     # Where mlx-lm does not ask, the architecture is always tied or the tensors tell.
     shared = sorted((a.keys() & b.keys()) - read - {"tie_word_embeddings"})
     found += [ConfigDifference(key, a[key], b[key]) for key in shared if _counts(key) and not _same(a[key], b[key])]

@@ -54,7 +54,7 @@ def tensors_failure(outside: list[TensorComparison], n: int) -> str:
 def verdict(comparison: Comparison) -> str:
     """The last line of a report."""
     if not comparison.passed:
-        return f"different: {comparison.failure}"
+        return f"different: {comparison.summary}"
     compared = [f"{len(comparison.tensors)} tensors"] if comparison.tensors is not None else []
     names = {"tokenizer": "token ids", "template": "chat template", "config": "settings"}
     compared += [text for part, text in names.items() if getattr(comparison, part) is not None]
@@ -124,7 +124,8 @@ class _Report:
             self._line("Tokenizer", c.missing_tokenizer, "red")
         if c.tokenizer is not None:
             sizes = dict.fromkeys(f"{n:,}" for n in (c.tokenizer.vocabulary_a, c.tokenizer.vocabulary_b))
-            same = f"same ids for {c.tokenizer.n_texts} texts, {' / '.join(sizes)} tokens; same special ids"
+            how = "the same files" if c.tokenizer.same_files else f"same ids for {c.tokenizer.n_texts:,} texts"
+            same = f"{how}, {' / '.join(sizes)} tokens; same special ids"
             self._line("Tokenizer", c.tokenizer.failure or same, "red" if c.tokenizer.failure else "")
         if c.template is not None:
             self._line("Template", c.template.failure or _template(c.template), "red" if c.template.failure else "")

@@ -34,11 +34,16 @@ class TemplateComparison:
     @property
     def failure(self) -> str:
         """What differs, in one line; empty when nothing does."""
+        return f"{self.summary}: {self.first}" if self.different else self.summary
+
+    @property
+    def summary(self) -> str:
+        """What differs, in some words; empty when nothing does."""
         if self.present_a != self.present_b:
             return f"only {'A' if self.present_a else 'B'} has a chat template"
         if not self.different:
             return ""
-        return f"the chat templates differ for {len(self.different)} of {self.n_probes} conversations: {self.first}"
+        return f"chat templates differ for {len(self.different)} of {self.n_probes} renderings"
 
     def to_dict(self) -> dict[str, Any]:
         return {

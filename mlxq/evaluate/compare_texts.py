@@ -38,7 +38,7 @@ def compare_texts(
     cancel.check()
     found: dict[str, Any] = {}
     if "tokenizer" in parts:
-        found["tokenizer"] = compare_tokenizers(first, second, a, b)
+        found["tokenizer"] = compare_tokenizers(first, second, a, b, cancel.check)
         notes += found["tokenizer"].notes
     if "template" in parts:
         found["template"] = compare_templates(first, second)

@@ -1,8 +1,13 @@
-"""Two tokenizers against each other: token ids of the stress texts, their text again, vocabulary and special ids."""
+"""Two tokenizers against each other: token ids of texts, the texts again, vocabulary and special ids.
+
+The texts are those of `stress`, then every token's own (a merge that one side lacks shows where its token is spelled),
+then rows of random tokens.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +16,17 @@ from mlxq.checkpoint.config import eos_token_ids
 from mlxq.checkpoint.gguf_config import END_TEXTS
 from mlxq.evaluate.stress import texts
 
+#: Texts that are encoded at a time; tokens in a random row, and rows.
+_BATCH = 1 << 14
+_ROW, _ROWS = 8, 1024
+
 
 @dataclass(frozen=True)
 class TokenizerComparison:
     """What two tokenizers agree on.
 
     Attributes:
+        same_files: both sides have one tokenizer, byte for byte; then it meets the stress texts alone.
         n_texts: texts encoded by both.
         n_different: texts whose ids differ; `first_difference` shows the first in words, empty when none does.
         vocabulary_a, vocabulary_b: number of tokens.
@@ -26,6 +36,7 @@ class TokenizerComparison:
         notes: what differs without consequence.
     """
 
+    same_files: bool
     n_texts: int
     n_different: int
     first_difference: str
@@ -47,15 +58,26 @@ class TokenizerComparison:
         """What differs, in one line; empty when nothing does."""
         found = []
         if self.n_different:
-            found.append(f"token ids differ for {self.n_different} of {self.n_texts} texts: {self.first_difference}")
+            found.append(
+                f"token ids differ for {self.n_different:,} of {self.n_texts:,} texts: {self.first_difference}"
+            )
         if self.entries_different:
             found.append(f"{self.entries_different} vocabulary entries differ: {self.first_entry}")
         found += [f"{k} ids are {self.special_a[k]} / {self.special_b[k]}" for k in self.special_different]
         return "; ".join(found)
 
+    @property
+    def summary(self) -> str:
+        """What differs, in some words; empty when nothing does."""
+        found = [f"token ids differ for {self.n_different:,} of {self.n_texts:,} texts"] if self.n_different else []
+        found += [f"{self.entries_different:,} vocabulary entries differ"] if self.entries_different else []
+        found += [f"{', '.join(self.special_different)} ids differ"] if self.special_different else []
+        return ", ".join(found)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "same": self.same,
+            "same_files": self.same_files,
             "texts": self.n_texts,
             "texts_different": self.n_different,
             "first_difference": self.first_difference or None,
@@ -68,20 +90,26 @@ class TokenizerComparison:
         }
 
 
-def compare_tokenizers(a: Any, b: Any, source_a: Checkpoint, source_b: Checkpoint) -> TokenizerComparison:
+def compare_tokenizers(
+    a: Any, b: Any, source_a: Checkpoint, source_b: Checkpoint, check: Callable[[], None] = lambda: None
+) -> TokenizerComparison:
     """Compare two of transformers' tokenizers, and the special ids of their models.
 
     Ids are compared without the tokens that a tokenizer puts around a text; those are compared by themselves. Entries
     at the end of the larger vocabulary are padding unless a text meets them, and noted only.
+
+    Args:
+        a, b: the tokenizers; one object where both sides have the same files.
+        check: called between batches of texts; it raises to stop.
     """
-    special = list(dict.fromkeys([*_special_texts(a), *_special_texts(b)]))
     n, different, first = 0, 0, ""
-    for kind, text in texts(special):
-        n += 1
-        found = _difference(a, b, text)
-        if found:
-            different += 1
-            first = first or f"{kind}, {found}"
+    for kind, batch in _batches(a, b):
+        check()
+        n += len(batch)
+        wrong = _differing(a, b, batch)
+        different += len(wrong)
+        if wrong and not first:
+            first = f"{kind}, {_difference(a, b, wrong[0])}"
     entries, first_entry, notes = _entries(a.get_vocab(), b.get_vocab())
     ids_a, ids_b = _special_ids(a, source_a), _special_ids(b, source_b)
     stop = _stop_ids(ids_a["stop"], ids_b["stop"], a, b, source_a, source_b)
@@ -93,9 +121,19 @@ def compare_tokenizers(a: Any, b: Any, source_a: Checkpoint, source_b: Checkpoin
         if key in keys and None in (ids_a[key], ids_b[key]) and ids_a["added"] == ids_b["added"]:
             keys.remove(key)
             notes.append(f"{key} id is {ids_a[key]} / {ids_b[key]}, put around no text by either")
-    sizes = (len(a.get_vocab()), len(b.get_vocab()))
     return TokenizerComparison(
-        n, different, first, *sizes, entries, first_entry, ids_a, ids_b, tuple(keys), tuple(notes)
+        same_files=a is b,
+        n_texts=n,
+        n_different=different,
+        first_difference=first,
+        vocabulary_a=len(a.get_vocab()),
+        vocabulary_b=len(b.get_vocab()),
+        entries_different=entries,
+        first_entry=first_entry,
+        special_a=ids_a,
+        special_b=ids_b,
+        special_different=tuple(keys),
+        notes=tuple(notes),
     )
 
 
@@ -104,12 +142,52 @@ def _special_texts(tokenizer: Any) -> list[str]:
     return [str(token) for token in added.values()]
 
 
+def _batches(a: Any, b: Any) -> Iterator[tuple[str, list[str]]]:
+    """Kind and texts, in the order in which a difference is best shown."""
+    special = list(dict.fromkeys([*_special_texts(a), *_special_texts(b)]))
+    groups: dict[str, list[str]] = {}
+    for kind, text in texts(special):
+        groups.setdefault(kind, []).append(text)
+    yield from groups.items()
+    if a is b:
+        return
+    tokens = list(dict.fromkeys(_token_texts(max(a, b, key=len))))
+    for start in range(0, len(tokens), _BATCH):
+        yield "a token's text", tokens[start : start + _BATCH]
+    rng = random.Random(0)
+    yield "random tokens", ["".join(rng.choices(tokens, k=_ROW)) for _ in range(_ROWS)]
+
+
+def _token_texts(tokenizer: Any) -> list[str]:
+    """The text of each token by itself."""
+    ids = [[i] for i in range(len(tokenizer))]
+    if getattr(tokenizer, "is_fast", False):
+        return tokenizer.backend_tokenizer.decode_batch(ids, skip_special_tokens=False)
+    return tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+
+
+def _differing(a: Any, b: Any, batch: list[str]) -> list[str]:
+    """Texts to which two tokenizers give other ids, or (in small batches, it takes long) of them other texts."""
+    ids_a, ids_b = (t(batch, add_special_tokens=False, return_attention_mask=False)["input_ids"] for t in (a, b))
+    if a is b:
+        return []
+    decode = len(batch) < _ROWS
+    return [
+        text
+        for text, x, y in zip(batch, ids_a, ids_b, strict=True)
+        if x != y or (decode and _decoded(a, x) != _decoded(b, x))
+    ]
+
+
+def _decoded(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+
+
 def _difference(a: Any, b: Any, text: str) -> str:
-    """How two tokenizers disagree about a text; empty when they do not."""
+    """How two tokenizers disagree about a text."""
     ids_a, ids_b = ([int(i) for i in t.encode(text, add_special_tokens=False)] for t in (a, b))
     if ids_a == ids_b:
-        back_a, back_b = (t.decode(ids_a, clean_up_tokenization_spaces=False) for t in (a, b))
-        return "" if back_a == back_b else f"{_short(text)} decodes to {_short(back_a)} / {_short(back_b)}"
+        return f"{_short(text)} decodes to {_short(_decoded(a, ids_a))} / {_short(_decoded(b, ids_a))}"
     at = next((i for i, (x, y) in enumerate(zip(ids_a, ids_b, strict=False)) if x != y), min(len(ids_a), len(ids_b)))
     return f"{_short(text)} at token {at}: {_token(a, ids_a, at)} / {_token(b, ids_b, at)}"
 

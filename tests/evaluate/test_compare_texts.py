@@ -72,8 +72,13 @@ def test_copies_agree(source: Path, other: Path) -> None:
     write(other, "tokenizer_config.json", lambda c: c.update(note="harmless"))
     found = run(source, other)
     assert found.passed, found.failure
-    assert found.tokenizer.n_texts > 100
+    # Each token's text and rows of them too.
+    assert found.tokenizer.n_texts > 1200
+    same = run(source, source)
+    assert same.tokenizer.same_files
+    assert 100 < same.tokenizer.n_texts < 300
     assert (found.tokenizer.vocabulary_a, found.tokenizer.vocabulary_b) == (261, 261)
+    assert not found.tokenizer.same_files
     assert found.template.n_probes == 2 * len(CONVERSATIONS)
     assert found.template.n_refused == 2
 
@@ -86,6 +91,20 @@ def test_one_merge(source: Path, other: Path) -> None:
     # The first text with "ll", and where its ids part.
     assert "260 'll' / " in found.failure
     assert found.template.same
+
+
+def test_a_merge_that_no_stress_text_needs(source: Path, other: Path) -> None:
+    """Every token's own text is encoded."""
+
+    def add(tokenizer: dict, merges: list) -> None:
+        tokenizer["model"]["vocab"] |= {"qz": 261}
+        tokenizer["model"]["merges"] += merges
+
+    write(source, "tokenizer.json", lambda t: add(t, [["q", "z"]]))
+    write(other, "tokenizer.json", lambda t: add(t, []))
+    found = run(source, other)
+    assert found.tokenizer.n_different >= 1
+    assert "a token's text, 'qz' at token 0: 261 'qz' / " in found.failure
 
 
 def test_two_merges_in_another_order(source: Path, other: Path) -> None:
