@@ -1,4 +1,4 @@
-"""Encoders of IQ4_NL and IQ4_XS: the searches of `ggml_symmetric` on the grid of sixteen unevenly spaced values.
+"""Encoders of IQ4_NL and IQ4_XS: the searches of `scale_search` on the grid of sixteen unevenly spaced values.
 
 The nearest value is looked up: the borders between neighbouring values are whole or half integers, so the half-open
 interval of length 1/2 that a scaled weight lies in decides.
@@ -12,7 +12,7 @@ import numpy as np
 
 from mlxq.formats.geometry import block_format
 from mlxq.formats.iq4 import SUB_BLOCK, VALUES, IQ4Blocks, pack
-from mlxq.quantizers.ggml_symmetric import BlockSearch, check_range, encoded_blocks, encoded_groups
+from mlxq.quantizers.scale_search import BlockSearch, check_range, encoded_blocks, encoded_groups
 
 #: Intervals [k / 2, k / 2 + 1/2) of scaled weights, from -128 on; what lies outside has the value at that end.
 _N_INTERVALS = 512
@@ -28,6 +28,14 @@ class _Values:
     """The grid of sixteen values."""
 
     low, high = int(VALUES[0]), int(VALUES[-1])
+    divisible = False
+    #: The values that the weight of largest magnitude may have.
+    extremes = tuple(VALUES.tolist())
+
+    def values_of(self, scaled: np.ndarray) -> np.ndarray:
+        """The grid's values nearest to scaled weights of any shape."""
+        intervals = np.clip(np.floor(2 * scaled) + _N_INTERVALS // 2, 0, _N_INTERVALS - 1)
+        return np.take(_NEAREST_VALUES, intervals.astype(np.uint16))
 
     def nearest(self, tile: Any, inverse: Any) -> Any:
         """The grid's value nearest to each weight times `inverse` `[n_groups, n]`, good until the next call."""
