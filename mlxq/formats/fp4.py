@@ -16,6 +16,7 @@ import numpy as np
 
 #: Twice the value of each code; code 8 is a negative zero, which ggml reads as 0.
 VALUES = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)
+_VALUES_F32 = VALUES.astype(np.float32)
 #: The types of this module -> weights that share a scale.
 FP4_GROUPS = {"MXFP4": 32, "NVFP4": 16}
 
@@ -45,6 +46,7 @@ def dequantize(blocks: np.ndarray, name: str, out: np.ndarray) -> None:
     """Weights of blocks uint8 `[n, type_size]` into `out` float32 `[n, block_size]`, bit for bit as `gguf` decodes."""
     scales, codes = unpack(blocks, name)
     groups = out.reshape(codes.shape)
-    np.copyto(groups, VALUES[codes])
+    # mode="clip" lets `take` write into `out` without a buffer; codes have four bits and are never clipped.
+    np.take(_VALUES_F32, codes, out=groups, mode="clip")
     with np.errstate(over="ignore"):
         groups *= scales[:, :, None]
