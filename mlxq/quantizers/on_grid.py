@@ -36,6 +36,8 @@ def encode(x: np.ndarray, grid: Any, n_groups: int, top: int) -> tuple[np.ndarra
     """
     at = np.flatnonzero(_probe(x[:, : 256 // n_groups], grid))
     at = at[x[at].any(axis=1)]
+    if not at.size:
+        return at, np.empty(0, np.float16), np.empty((0, n_groups), np.float32), np.empty((0, 256), np.float32)
     groups = x[at].reshape(len(at), n_groups, 256 // n_groups)
     s, multiples = _scales(groups, grid)
     d = _common_step(s, top)
