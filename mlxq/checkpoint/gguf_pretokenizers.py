@@ -87,15 +87,15 @@ def _table() -> dict[str, PreTokenizer]:
     groups = {
         "gpt-2 phi-2 mpt olmo jais trillion granite-docling exaone4 gigachat a.x-4.0 mellum modern-bert": gpt2,
         "starcoder refact command-r smollm codeshell exaone minerva-7b": single_digits,
-        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2": llama3,
+        "llama3 llama-v3 llama-bpe falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano": llama3,
         "dbrx smaug-bpe chatglm-bpe": llama3_plain,
         "glm4": PreTokenizer((_LLAMA3,), ignore_merges=True),
-        "qwen2 stablelm2 deepseek-r1-qwen kormo megrez hunyuan solar-open grok-2": qwen2,
+        "qwen2 stablelm2 deepseek-r1-qwen kormo megrez hunyuan solar-open grok-2 f2llmv2": qwen2,
         # Written with one line break after spaces, which is the same: the spaces take in all but the last.
         "bailingmoe bailingmoe2 llada-moe": qwen2,
         "deepseek-v3 hunyuan-dense joyai-llm": deepseek3,
         "poro-chat bloom gpt3-finnish": bloom,
-        "gpt-4o llama4 kanana2 minimax-m2": gpt4o,
+        "gpt-4o llama4 kanana2 minimax-m2 talkie": gpt4o,
     }
     table = {name: pre for names, pre in groups.items() for name in names.split()}
     return table | {
