@@ -43,7 +43,8 @@ class Comparison:
         tolerance: relative RMSE of a tensor that is accepted.
         tensors: every tensor of either side, by mlx-lm's parameter names.
         tokenizer, template, config: see their classes; `config` is empty where all settings agree.
-        divergence: of the predictions, where asked for.
+        missing_tokenizer: which side alone has one; empty where both or neither have.
+        divergence: of the predictions, where asked for; it decides nothing.
         notes: what was not compared, and what differs without consequence.
         seconds: wall time.
     """
