@@ -226,7 +226,7 @@ def test_a_tokenizer_that_cannot_be_loaded(source: Path, other: Path) -> None:
 
 def test_a_gguf_stops_at_every_token_named_so(tmp_path: Path) -> None:
     """Readers of GGUF add control tokens of certain texts to the stop ids; a Hugging Face directory names its own."""
-    weights = llama_weights(vocab=300)
+    weights = llama_weights(vocab=259)
 
     def configure(writer: Any) -> None:
         tokens = [*byte_alphabet(), "<|im_end|>", "<|endoftext|>", "ab"]
@@ -240,7 +240,7 @@ def test_a_gguf_stops_at_every_token_named_so(tmp_path: Path) -> None:
     gguf = write_llama(tmp_path / "a.gguf", weights, configure=configure)
     directory = tmp_path / "b"
     config = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "tie_word_embeddings": True}
-    config |= {"vocab_size": 300, "eos_token_id": 256}
+    config |= {"vocab_size": 259, "eos_token_id": 256}
     tiny.make_model(directory, tensors=weights, dtype="F32", **config)
 
     def rename(tokenizer: dict) -> None:
@@ -263,7 +263,7 @@ def test_a_gguf_with_other_merges(tmp_path: Path) -> None:
     a, b = (
         write_llama(
             tmp_path / f"{name}.gguf",
-            llama_weights(vocab=300),
+            llama_weights(vocab=262),
             configure=lambda w, merges=merges: add_byte_tokenizer(w, merges=merges),
         )
         for name, merges in (("a", ["a b", "e l"]), ("b", ["e l", "a b"]))
