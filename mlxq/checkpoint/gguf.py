@@ -12,9 +12,10 @@ import numpy as np
 from mlxq.checkpoint import gguf_config
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import normalize
-from mlxq.checkpoint.gguf_file import GgufFile, GgufTensor
+from mlxq.checkpoint.gguf_file import GgufTensor
 from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_names import MappedTensor, architecture, map_name, unpermuted_rows
+from mlxq.checkpoint.gguf_split import open_gguf
 from mlxq.checkpoint.gguf_tokenizer import build_tokenizer_files
 from mlxq.errors import CheckpointError, FormatError
 from mlxq.formats import ggml
@@ -30,19 +31,20 @@ class GgufCheckpoint(Checkpoint):
     `TensorInfo.spec` the affine grid that holds the same weights exactly (`mlxq.formats.ggml.to_affine`).
 
     Args:
-        path: the file.
+        path: the file, or any part of a split one.
         metadata_only: open files with tensor types that cannot be decoded, to see names, config and tokenizer.
             Reading such a tensor still raises.
 
     Raises:
-        CheckpointError: not a GGUF file, truncated or inconsistent; an architecture, a tensor type or a rotary
-            scaling that is not supported; one part of a split file.
+        CheckpointError: a file that cannot be read, a part that is missing; an architecture, a tensor type or a rotary
+            scaling that is not supported.
+        FormatError: not a GGUF file, truncated or inconsistent.
     """
 
     kind = "gguf"
 
     def __init__(self, path: str | Path, *, metadata_only: bool = False):
-        self._file = GgufFile(path)
+        self._file = open_gguf(path)
         self.path = self._file.path
         try:
             self._open(metadata_only)
@@ -52,13 +54,6 @@ class GgufCheckpoint(Checkpoint):
 
     def _open(self, metadata_only: bool) -> None:
         values = self._file.metadata
-        parts = values.get("split.count", 1)
-        if not isinstance(parts, int):
-            raise CheckpointError(f"{self.path}: split.count is no integer: the file is corrupt")
-        if parts not in (0, 1):
-            raise CheckpointError(
-                f"{self.path}: one of {parts} parts of a split GGUF: join them with `llama-gguf-split --merge`"
-            )
         name = values.get("general.architecture")
         self._arch = architecture(name, self.path, experts=_has_experts(values, name))
         if not metadata_only:
@@ -195,7 +190,7 @@ class GgufCheckpoint(Checkpoint):
         return build_tokenizer_files(self.metadata, self.config["vocab_size"])
 
     def files(self) -> list[Path]:
-        return [self.path]
+        return list(self._file.files)
 
     def close(self) -> None:
         self._file.close()

@@ -64,6 +64,7 @@ class GgufFile:
 
     Attributes:
         path: the file.
+        files: the file, as the one of a list.
         metadata: key -> int, float, bool, str, list of str, or a NumPy array of numbers.
         tensors: name -> `GgufTensor`, in file order.
 
@@ -75,6 +76,7 @@ class GgufFile:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self.files = [self.path]
         try:
             # Without O_NONBLOCK, a named pipe would wait for its other end.
             self._fd = os.open(self.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0))

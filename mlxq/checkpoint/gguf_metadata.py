@@ -74,3 +74,17 @@ class Metadata:
         value = self.values.get(f"tokenizer.ggml.{name}_token_id")
         ok = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
         return value if ok else None
+
+
+def check_vocabulary(path: Path, values: dict[str, Any], rows: int) -> None:
+    """Hold the vocabulary, where there is one, against the `rows` of the embedding: one for each token, as llama.cpp.
+
+    Raises:
+        FormatError: more tokens than rows, or fewer.
+    """
+    tokens = values.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list) and len(tokens) != rows:
+        raise FormatError(
+            f"{path}: tokenizer.ggml.tokens has {len(tokens)} entries, but token_embd.weight has {rows} rows, "
+            "expected one for each"
+        )
