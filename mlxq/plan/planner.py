@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from mlxq.errors import FormatError, PlanError
 from mlxq.formats import geometry
 from mlxq.plan import dtypes
-from mlxq.plan.recipes import RECIPES, recipe_bits
+from mlxq.plan.recipes import PORTABLE_GROUP, RECIPES, check_portable, recipe_bits
 from mlxq.plan.recoding import RECODINGS
 from mlxq.plan.roles import layer_index, module_path, role
 from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorInfo, TensorPlan
@@ -26,7 +26,6 @@ class PlanOptions:
     them, where MLX has no such codes, see `recoding`), else 4 and 64.
     `tensor_types` holds `REGEX=BITS` or `REGEX=BITS:GROUP`, `keep` regular expressions, each in a tuple or list; both
     are searched in the parameter name, and the last that matches wins. `dtype` is `float32`, `float16` or `bfloat16`.
-    `exact` refuses whatever changes a weight.
     `exact` refuses whatever would change a decoded weight.
 
     Raises:
@@ -47,6 +46,8 @@ class PlanOptions:
         if self.recipe is not None and self.recipe not in RECIPES:
             raise PlanError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
         _legal(self.base.bits, self.base.group_size, "")
+        if self.recipe == "portable":
+            check_portable(self.base.bits, self.base.group_size)
         if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
             raise PlanError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(sorted(DTYPE_NAMES.values()))}")
         object.__setattr__(self, "_types", [_tensor_type(t) for t in self.tensor_types])
@@ -60,20 +61,24 @@ class PlanOptions:
     @property
     def base(self) -> QuantSpec:
         bits = DEFAULT_BITS if self.bits is None else self.bits
-        return QuantSpec(bits, DEFAULT_GROUP_SIZE if self.group_size is None else self.group_size)
+        default = PORTABLE_GROUP if self.recipe == "portable" else DEFAULT_GROUP_SIZE
+        return QuantSpec(bits, default if self.group_size is None else self.group_size)
 
 
 @dataclass(frozen=True)
 class Plan:
     """The decisions for every tensor of a model, in the model's order.
 
-    `exact` forbids that writing changes a weight, where only the weights themselves tell.
+    `notes` are remarks to be read before the work; `exact` forbids that writing changes a weight, where only the
+    weights themselves tell.
     """
 
     tensors: tuple[TensorPlan, ...]
     dtype: str
     dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     exact: bool = False
+    notes: tuple[str, ...] = ()
     nbytes_by_name: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -140,12 +145,12 @@ def make_plan(
             plans.append(TensorPlan(info, "keep", None, stored, reason + why))
         else:
             action, reason = _action(info, spec, dtype, reason)
-            plans.append(TensorPlan(info, action, spec, dtype, reason))
+            plans.append(TensorPlan(info, action, spec, dtype, reason, chooser.method))
     chooser.refuse_unmatched()
     if options.exact:
         for plan in plans:
             _refuse_lossy(plan)
-    return Plan(tuple(plans), dtype, dropped, options.exact)
+    return Plan(tuple(plans), dtype, dropped, exact=options.exact)
 
 
 class _Chooser:
@@ -156,6 +161,7 @@ class _Chooser:
         self.float_modules = float_modules
         self.n_layers = n_layers
         self.as_stored = quantized and not options.says_how
+        self.method = "portable" if options.recipe == "portable" else "rtn"
         self.unmatched = {text for _, _, _, text in options._types} | {text for _, text in options._keep}
         #: `--tensor-type` -> the first tensor that it matches and that no layer holds quantized.
         self.unfit: dict[str, str] = {}
