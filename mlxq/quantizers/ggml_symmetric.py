@@ -64,7 +64,7 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
             _reference(w.reshape(-1, 32)[start : start + _CHUNK], name, blocks[start : start + _CHUNK])
     else:
         for part, d, codes in encoded_groups(w, importance, grid, _FACTORS, backend):
-            _store(d, codes, name, blocks[part])
+            _store(d, codes.T, name, blocks[part])
     return blocks.reshape(w.shape[0], w.shape[1] // format.block_size * format.type_size)
 
 
@@ -83,7 +83,8 @@ def _reference(x: np.ndarray, name: str, blocks: np.ndarray) -> None:
             d[ties] = np.take_along_axis(both, np.abs(both).argmax(axis=0)[None], axis=0)[0]
         d /= np.float32(_GRIDS[name].low)
     inverse = np.zeros_like(d)
-    np.divide(np.float32(1), d, out=inverse, where=d != 0)
+    # The inverse of a subnormal number may be infinite; as float16 it is zero anyway.
+    np.divide(np.float32(1), d, out=inverse, where=np.abs(d) >= np.finfo(np.float32).tiny)
     x *= inverse
     if name == "Q8_0":
         x += np.copysign(_BELOW_HALF, x)
@@ -91,15 +92,10 @@ def _reference(x: np.ndarray, name: str, blocks: np.ndarray) -> None:
     else:
         x += np.float32(0.5 - _GRIDS[name].low)
         codes = np.minimum(x, np.float32(_GRIDS[name].high - _GRIDS[name].low), out=x).astype(np.uint8)
-    _store_tile(d.astype(np.float16), codes, name, blocks)
+    _store(d.astype(np.float16), codes, name, blocks)
 
 
 def _store(d: np.ndarray, codes: np.ndarray, name: str, blocks: np.ndarray) -> None:
-    """Write `d` `[n]` and codes `[n, 32]`."""
-    _store_tile(d, codes.T, name, blocks)
-
-
-def _store_tile(d: np.ndarray, codes: np.ndarray, name: str, blocks: np.ndarray) -> None:
     """Write `d` float16 `[n]` and codes uint8 `[32, n]` as blocks (the layout is drawn in `formats.ggml`)."""
     blocks[:, :2] = d.astype("<f2").view(np.uint8).reshape(-1, 2)
     if name == "Q8_0":

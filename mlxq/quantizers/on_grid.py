@@ -71,8 +71,9 @@ def _parts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _probe(x: np.ndarray, grid: Any) -> np.ndarray:
     """Whether the first weights of groups `[n, group]` can lie on the grid; so does a group of zeros."""
-    extreme = _extreme(x)[:, 0]
-    probed = _parts(np.ascontiguousarray(x[:, :_PROBED].T), extreme)
+    x = np.ascontiguousarray(x.T)
+    extreme = _extreme(x, 0)
+    probed = _parts(x[:_PROBED], extreme)
     possible = extreme == 0
     for value in _extremes(grid):
         scaled = probed * np.float32(value)
@@ -81,8 +82,8 @@ def _probe(x: np.ndarray, grid: Any) -> np.ndarray:
     return possible
 
 
-def _extreme(groups: np.ndarray) -> np.ndarray:
-    high, low = groups.max(axis=-1, keepdims=True), groups.min(axis=-1, keepdims=True)
+def _extreme(groups: np.ndarray, axis: int) -> np.ndarray:
+    high, low = groups.max(axis=axis), groups.min(axis=axis)
     return np.where(high > -low, high, low)
 
 
@@ -99,7 +100,7 @@ def _scales(groups: np.ndarray, grid: Any) -> tuple[np.ndarray, np.ndarray]:
     """The largest scale of each group, `[n, n_groups]`, NaN where there is none, and by how much it can be divided."""
     lead = groups.shape[:2]
     groups = groups.reshape(-1, groups.shape[2])
-    extreme = _extreme(groups)[:, 0]
+    extreme = _extreme(groups, 1)
     s = np.where(extreme == 0, np.float32(0), np.float32(np.nan))
     multiples = np.ones_like(s)
     left = np.flatnonzero(extreme)

@@ -209,7 +209,8 @@ def _search_groups(tile: Any, grid: Any, factors: tuple[float, ...]) -> tuple[An
     """`d` `[1, n]` and the grid's values `[group, 1, n]` of each group."""
     xp = tile.xp
     extreme = _extreme(tile)
-    inverse = xp.where(abs(extreme) > _TINY, grid.low / extreme, 0.0) if xp is not np else _quotient(grid.low, extreme)
+    tiny = abs(extreme) <= _TINY
+    inverse = xp.where(tiny, 0.0, grid.low / xp.where(tiny, 1.0, extreme))
     best = d = None
     for factor in factors:
         vv, vx = _sums(tile, grid.nearest(tile, inverse * factor))
@@ -235,8 +236,3 @@ def _to_float16(xp: Any, d: Any) -> Any:
 
 def _signed_float16(xp: Any, d: Any) -> Any:
     return xp.where(d < 0, -1.0, 1.0).astype(xp.float32) * _to_float16(xp, abs(d))
-
-
-def _quotient(a: float, b: np.ndarray) -> np.ndarray:
-    """`a / b` where b is not too small to be divided by, else 0."""
-    return np.divide(np.float32(a), b, out=np.zeros_like(b), where=np.abs(b) > _TINY)

@@ -174,8 +174,9 @@ def test_the_error_follows_the_magnitude(name, given, factor):
     assert rmse(w, w_hat) < limit * rmse(w, 0)
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("name", K)
+@pytest.mark.parametrize("name", TYPES)
 def test_weights_too_small_for_float16_are_no_more_than_zero(name, given):
     """Where even the smallest `d` is too large a step, the error is at most that of zeros."""
     for magnitude in (1e-4, 1e-7, 1e-9, 1e-30, 1e-42):
