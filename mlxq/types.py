@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mlxq.errors import Cancelled
 
 Action = Literal["quantize", "repack", "requantize", "keep"]
+Method = Literal["rtn", "portable"]
 ModuleKind = Literal["linear", "embedding", "switch", "other"]
 
 #: Bytes of one element of each float dtype, by its safetensors name.
@@ -73,7 +74,9 @@ class TensorPlan:
     """What happens to one tensor, and why.
 
     `spec` is the affine grid it gets in an MLX directory, else None. `dtype` is what is stored: with a spec the float
-    type of scales and biases; without, the float type of the tensor, or in a GGUF file its ggml type.
+    type of scales and biases; without, the float type of the tensor, or in a GGUF file its ggml type. `method` says
+    how codes are chosen where they are not taken over: `rtn` rounds to nearest, `portable` searches those that ggml's
+    blocks hold too.
     """
 
     info: TensorInfo
@@ -81,6 +84,7 @@ class TensorPlan:
     spec: QuantSpec | None
     dtype: str
     reason: str
+    method: Method = "rtn"
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ def print_summary(plan: Plan) -> None:
         print(f"Kept float though a layer's weight, {human_bytes(total)}:")
         for p in plan.kept_weights:
             print(f"  {p.info.name}  {human_bytes(plan.nbytes_by_name[p.info.name])}  ({p.reason})")
+    for note in plan.notes:
+        print(f"Note: {note}")
     if plan.dropped:
         print(f"Not used by this architecture, left out: {', '.join(plan.dropped)}")
     bpw = f"{plan.bpw:.3f} bits per weight, scales and biases counted"

@@ -103,12 +103,16 @@ class GgufModel:
 
 @dataclass(frozen=True)
 class GgufTensorPlan:
-    """The type of one tensor, and why. `shape` is row-major and counts weights: `[..., N, K]`."""
+    """The type of one tensor, and why. `shape` is row-major and counts weights: `[..., N, K]`.
+
+    `instead_of` is the type that the file type asks for, where its blocks do not divide the rows.
+    """
 
     name: str
     shape: tuple[int, ...]
     type_name: str
     reason: str
+    instead_of: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -161,7 +165,8 @@ def gguf_types(
             plans.append(GgufTensorPlan(tensor, shape, "F32", kept))
             continue
         kind, reason = asked or chooser.choose(tensor, shape[-1])
-        plans.append(GgufTensorPlan(tensor, shape, *_fit(kind, reason, shape[-1])))
+        fitting, why = _fit(kind, reason, shape[-1])
+        plans.append(GgufTensorPlan(tensor, shape, fitting, why, None if fitting == kind else kind))
     patterns.refuse_unmatched()
     if name == "Q2_K_S" and not has_imatrix:
         _refuse_plain_q2_k_s(plans)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxq.errors import PlanError
-from mlxq.plan.gguf_mixes import GgufModel, file_type, gguf_types, stays_float
+from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, file_type, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import Overrides
 from mlxq.plan.planner import Plan
 from mlxq.types import FLOAT_BYTES, TensorInfo, TensorPlan
@@ -63,6 +63,7 @@ def make_gguf_plan(
             tensor that would change.
     """
     wanted = options.file_type
+    notes: tuple[str, ...] = ()
     if wanted is None and not options.as_stored and not any(_is_quantized(s.info) for s in sources):
         wanted = DEFAULT_FILE_TYPE
     if wanted is None:
@@ -73,9 +74,23 @@ def make_gguf_plan(
         shapes = [(s.name, s.info.shape) for s in sources]
         chosen = gguf_types(shapes, wanted, model, has_imatrix=has_imatrix, overrides=options.tensor_types)
         plans = [_plan(s, c.type_name, c.reason) for s, c in zip(sources, chosen, strict=True)]
+        notes = _fallbacks(chosen)
     if options.exact:
         _refuse_lossy(sources, plans)
-    return Plan(tuple(plans), wanted or "as stored", dropped)
+    return Plan(tuple(plans), wanted or "as stored", dropped, notes)
+
+
+def _fallbacks(chosen: Sequence[GgufTensorPlan]) -> tuple[str, ...]:
+    """One line for each width of rows that the blocks of the type asked for do not divide."""
+    counts: dict[tuple[int, str, str], int] = {}
+    for c in chosen:
+        if c.instead_of is not None:
+            key = c.shape[-1], c.instead_of, c.type_name
+            counts[key] = counts.get(key, 0) + 1
+    return tuple(
+        f"{count} tensors with rows of {K} weights, which blocks of {asked} do not divide, are {given} instead"
+        for (K, asked, given), count in counts.items()
+    )
 
 
 def _is_quantized(info: TensorInfo) -> bool:

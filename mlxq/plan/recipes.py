@@ -13,7 +13,26 @@ FLOORS: dict[Role, int] = {"router": 8, "embedding": 6}
 #: (Q4_K to Q6_K) and those of its neighbours.
 _MORE = {2: 4, 3: 5, 4: 6, 5: 6, 6: 8, 8: 8}
 
-RECIPES = ("uniform", "mixed")
+RECIPES = ("uniform", "mixed", "portable")
+
+#: Bits and group size that ggml's blocks hold too: Q4_K or Q4_1, Q5_K or Q5_1, Q8_0.
+PORTABLE_BITS = (4, 5, 8)
+PORTABLE_GROUP = 32
+_MORE_PORTABLE = {4: 5, 5: 8, 8: 8}
+
+
+def check_portable(bits: int, group_size: int) -> None:
+    """Refuse a grid that ggml's blocks do not hold.
+
+    Raises:
+        PlanError: the message lists those they do.
+    """
+    if bits not in PORTABLE_BITS or group_size != PORTABLE_GROUP:
+        legal = ", ".join(map(str, PORTABLE_BITS))
+        raise PlanError(
+            f"the portable recipe has {legal} bits and groups of {PORTABLE_GROUP}, as ggml's blocks do; "
+            f"got {bits} bits and groups of {group_size}"
+        )
 
 
 def _deserves_more(layer: int | None, n_layers: int) -> bool:
@@ -33,13 +52,15 @@ def recipe_bits(recipe: str, role: Role, layer: int | None, n_layers: int, bits:
     if recipe not in RECIPES:
         raise PlanError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
     chosen, reason = bits, f"{recipe}: {role}"
-    if recipe == "mixed":
-        if role in ("head", "embedding"):
-            chosen = _MORE[bits]
-        elif role in ("value", "down") and _deserves_more(layer, n_layers):
-            chosen = _MORE[bits]
-            reason = f"mixed: {role} of a sensitive layer"
+    more = {"mixed": _MORE, "portable": _MORE_PORTABLE}.get(recipe)
+    if more and role in ("head", "embedding"):
+        chosen = more[bits]
+    elif more and role in ("value", "down") and _deserves_more(layer, n_layers):
+        chosen = more[bits]
+        reason = f"{recipe}: {role} of a sensitive layer"
     floor = FLOORS.get(role, 0)
     if chosen < floor:
+        if recipe == "portable":
+            floor = next(b for b in PORTABLE_BITS if b >= floor)
         return floor, f"{role}s get at least {floor} bits"
     return chosen, reason

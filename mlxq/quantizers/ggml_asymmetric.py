@@ -21,7 +21,7 @@ for NumPy and mlx (`tiles`); the latter has not run on a Mac.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,17 +35,24 @@ from mlxq.quantizers.tiles import mlx_tiles, numpy_tiles
 _TINY = 1e-30
 #: The smallest positive float16.
 _LEAST_FLOAT16 = 2.0**-24
+#: Steps of fewer bits lie so far apart that the next one may be a third larger, and least squares do not help.
+_COARSE = 4
+_COARSE_FACTORS = (0.75, 0.9, 1.0, 1.15, 1.33)
 
 
 @dataclass(frozen=True)
 class _Search:
-    """How far to look: all pairs of `levels` and `shifts`, the factors of `d` and `dmin`, the rounds of step 3."""
+    """How far to look: all pairs of `levels` and `shifts`, the factors of `d` and `dmin`, the rounds of step 3.
+
+    `step_bits` are the significant bits of what is stored as float16, at most the 11 that it has.
+    """
 
     levels: tuple[float, ...]
     shifts: tuple[float, ...]
     refinements: int = 1
     factors: tuple[float, ...] = (0.91, 0.94, 0.96, 0.98, 0.99, 1.0, 1.01)
     rounds: int = 1
+    step_bits: int = 11
 
 
 # The best of some dozens by error at equal time, with and without importance, of normal, long-tailed, trained weights.
@@ -121,8 +128,14 @@ def _inverse(xp: Any, s: Any) -> Any:
     return xp.where(s > 0, 1 / xp.maximum(s, _TINY), 0)
 
 
-def _float16(xp: Any, a: Any) -> Any:
-    return a.astype(xp.float16).astype(xp.float32)
+def _float16(xp: Any, a: Any, bits: int) -> Any:
+    """The nearest float16 numbers of `bits` significant bits, as float32."""
+    a = a.astype(xp.float16).astype(xp.float32)
+    if bits >= 11:
+        return a
+    # Veltkamp's splitting: the high part of a product that is rounded to 24 bits.
+    high = a * (2.0 ** (24 - bits) + 1)
+    return high - (high - a)
 
 
 def _start(tile: Any, signed_offsets: bool) -> tuple[_Sums, Any]:
@@ -165,10 +178,10 @@ def _min_for(xp: Any, sums: _Sums, moments: Any, s: Any, dmin: Any, largest: int
     return xp.clip(xp.round(m * _inverse(xp, dmin)), 0, largest)
 
 
-def _step(xp: Any, values: Any, factors: tuple[float, ...], largest: int) -> Any:
+def _step(xp: Any, values: Any, search: _Search, largest: int) -> Any:
     """Float16 steps `[n_factors, 1, n]` near the one of which the largest of `values` `[n_groups, n]` is `largest`."""
     full = values.max(axis=0) / largest
-    steps = _float16(xp, xp.stack([full * f for f in factors]))
+    steps = _float16(xp, xp.stack([full * f for f in search.factors]), search.step_bits)
     return xp.where(full > 0, xp.maximum(steps, _LEAST_FLOAT16), 0)[:, None]
 
 
@@ -176,19 +189,19 @@ def _fit_blocks(xp: Any, sums: _Sums, fit: tuple[Any, Any, Any], largest: int, s
     """Step 2: steps and integers of each block for the codes of step 1."""
     s, b, moments = fit
     best_s, best_b = _optimum(xp, sums, moments)
-    d = _step(xp, s, search.factors, largest)
+    d = _step(xp, s, search, largest)
     sc = xp.minimum(xp.round(s * _inverse(xp, d)), largest)
     # Each d is judged with the offset that goes best with its scales, as yet unrounded.
     b = xp.minimum((sums.x - d * sc * moments[0]) / sums.total, sums.limit)
     d, sc, b = _best(xp, _excess(sums, moments, d * sc - best_s, b - best_b).sum(axis=1), d, sc, b)
-    dmin = _step(xp, -(sums.low + b), search.factors, largest)
+    dmin = _step(xp, -(sums.low + b), search, largest)
     m = _min_for(xp, sums, moments, d * sc, dmin, largest)
     db = -sums.low - dmin * m - best_b
     dmin, m = _best(xp, _excess(sums, moments, d * sc - best_s, db).sum(axis=1), dmin, m)
     return _Block(d[0], dmin[0], sc, m)
 
 
-def _solve_steps(xp: Any, sums: _Sums, moments: Any, block: _Block) -> _Block:
+def _solve_steps(xp: Any, sums: _Sums, moments: Any, block: _Block, bits: int) -> _Block:
     """`d` and `dmin` by least squares over the block for given integers and codes: a step from the present ones."""
     q, qq, qx = moments
     sc, m = block.sc, block.m
@@ -203,7 +216,7 @@ def _solve_steps(xp: Any, sums: _Sums, moments: Any, block: _Block) -> _Block:
     determinant = xp.where(regular, determinant, 1)
     d = block.d + xp.where(regular, (c * u - ac * v) / determinant, u / xp.maximum(a, _TINY))
     dmin = block.dmin + xp.where(regular, (a * v - ac * u) / determinant, 0)
-    return block._replace(d=_float16(xp, xp.maximum(d, 0)), dmin=_float16(xp, xp.maximum(dmin, 0)))
+    return block._replace(d=_float16(xp, xp.maximum(d, 0), bits), dmin=_float16(xp, xp.maximum(dmin, 0), bits))
 
 
 def _solve_integers(xp: Any, sums: _Sums, moments: Any, block: _Block, largest: int) -> _Block:
@@ -223,7 +236,8 @@ def _search_blocks(tile: Any, top: int, largest: int, search: _Search) -> tuple[
     block = _fit_blocks(xp, sums, _fit_groups(tile, sums, high, top, search), largest, search)
     for _ in range(search.rounds):
         moments = _moments(tile, block.d * block.sc, -sums.low - block.dmin * block.m, top)
-        block = _solve_steps(xp, sums, moments, block)
+        if search.step_bits >= _COARSE:
+            block = _solve_steps(xp, sums, moments, block, search.step_bits)
         block = _solve_integers(xp, sums, moments, block, largest)
     return block, _codes(tile, block.d * block.sc, -sums.low - block.dmin * block.m, top)
 
@@ -234,12 +248,14 @@ def _search_groups(tile: Any, top: int, search: _Search) -> tuple[Any, Any, Any]
     sums, high = _start(tile, signed_offsets=True)
     s, _, moments = _fit_groups(tile, sums, high, top, search)
     # The offset is rounded second: it makes up for what the scale lost.
-    s = _float16(xp, s)
-    offset = _float16(xp, sums.low + (sums.x - s * moments[0]) / sums.total)
+    s = _float16(xp, s, search.step_bits)
+    offset = _float16(xp, sums.low + (sums.x - s * moments[0]) / sums.total, search.step_bits)
     return s, offset, _codes(tile, s, offset - sums.low, top)
 
 
-def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, backend: str = "numpy") -> np.ndarray:
+def quantize(
+    w: np.ndarray, name: str, importance: np.ndarray | None = None, backend: str = "numpy", *, step_bits: int = 11
+) -> np.ndarray:
     """Encode rows of weights.
 
     Args:
@@ -247,6 +263,8 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
         name: `Q4_1`, `Q5_1`, `Q2_K`, `Q4_K` or `Q5_K`.
         importance: float32 `[K]`, positive, or None.
         backend: `numpy` or `mlx` (its default device).
+        step_bits: significant bits of `d` and `dmin`, or of scale and offset; fewer than float16's 11 leave room for
+            products with small integers that are exact in a short float type.
 
     Returns:
         uint8 `[n, K // block_size * type_size]`.
@@ -257,17 +275,20 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
     if name not in _SEARCHES:
         raise FormatError(f"{name!r} has no encoder here: the types that have one are {', '.join(_SEARCHES)}")
     encode = _encode_k if name in K_TYPES else _encode_1
-    blocks = encode(w, name, importance, mlx_tiles if backend == "mlx" else numpy_tiles)
+    search = replace(_SEARCHES[name], step_bits=step_bits)
+    if step_bits < _COARSE:
+        search = replace(search, factors=_COARSE_FACTORS)
+    blocks = encode(w, name, importance, mlx_tiles if backend == "mlx" else numpy_tiles, search)
     return blocks.reshape(w.shape[0], w.shape[1] // block_format(name).block_size * blocks.shape[1])
 
 
-def _encode_k(w: np.ndarray, name: str, importance: np.ndarray | None, tiles: Any) -> np.ndarray:
+def _encode_k(w: np.ndarray, name: str, importance: np.ndarray | None, tiles: Any, search: _Search) -> np.ndarray:
     geometry = K_TYPES[name]
     format = block_format(name)
     blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
     for part, tile in tiles(w, geometry.sub_block, geometry.n_sub_blocks, importance):
         with np.errstate(over="ignore", invalid="ignore"):
-            block, q = _search_blocks(tile, 2**geometry.bits - 1, 2**geometry.scale_bits - 1, _SEARCHES[name])
+            block, q = _search_blocks(tile, 2**geometry.bits - 1, 2**geometry.scale_bits - 1, search)
             parts = _parts(tile.xp, block, q)
         _check_finite(name, w, parts.d, parts.dmin)
         blocks[part] = pack(parts, name)
@@ -286,13 +307,13 @@ def _parts(xp: Any, block: _Block, q: Any) -> SuperBlocks:
     )
 
 
-def _encode_1(w: np.ndarray, name: str, importance: np.ndarray | None, tiles: Any) -> np.ndarray:
+def _encode_1(w: np.ndarray, name: str, importance: np.ndarray | None, tiles: Any, search: _Search) -> np.ndarray:
     format = block_format(name)
     blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
     top = 31 if name == "Q5_1" else 15
     for part, tile in tiles(w, format.block_size, 1, importance):
         with np.errstate(over="ignore", invalid="ignore"):
-            s, offset, q = _search_groups(tile, top, _SEARCHES[name])
+            s, offset, q = _search_groups(tile, top, search)
             codes = np.asarray(q.astype(tile.xp.uint8))[:, 0]
             s, offset = (np.asarray(a[0]).astype("<f2") for a in (s, offset))
         _check_finite(name, w, s, offset)

@@ -16,11 +16,13 @@ from mlxq.formats import crossings, floats
 from mlxq.plan.dtypes import narrows
 from mlxq.plan.planner import Plan
 from mlxq.plan.recoding import MOST_ADDED, RECODINGS
-from mlxq.quantizers import rtn
+from mlxq.quantizers import portable, rtn
 from mlxq.types import DTYPE_NAMES, QuantizedTensor, QuantSpec, TensorPlan
 from mlxq.writers.measured import MeasuredErrors
 from mlxq.writers.safetensors import Entry, SafetensorsWriter
 from mlxq.writers.stream import CHUNK_WEIGHTS
+
+_QUANTIZERS = {"rtn": rtn.quantize, "portable": portable.quantize}
 
 
 class MlxTarget:
@@ -65,7 +67,7 @@ class MlxTarget:
         for start in range(0, len(matrix), step):
             check()
             part = matrix[start : start + step]
-            q = rtn.quantize(part, plan.spec, plan.dtype)
+            q = _QUANTIZERS[plan.method](part, plan.spec, plan.dtype)
             if plan.action == "requantize":
                 self._measure(plan, floats.to_float32(part, floats.dtype_of(part)), crossings.dequantize(q))
             yield _arrays(q)
