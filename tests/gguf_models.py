@@ -114,6 +114,7 @@ def write_llama(
     writer = new_writer(path, arch, layers, **numbers)
     if configure is not None:
         configure(writer)
+        pad_vocabulary(writer, len(weights["model.embed_tokens.weight"]))
     for name, w in weights.items():
         if arch == "llama" and ".q_proj." in name:
             w = permute(w, HEADS)
@@ -124,6 +125,21 @@ def write_llama(
         add_tensor(writer, name, w)
     finish(writer)
     return path
+
+
+def pad_vocabulary(writer: gguf.GGUFWriter, rows: int) -> None:
+    """One token for every row of the embedding, as converters pad: the further ones are unused."""
+    filling = {"tokens": "[PAD{}]", "token_type": 5, "scores": -1000.0}
+    present = {n: writer.kv_data[0].get(f"tokenizer.ggml.{n}") for n in filling}
+    if present["tokens"] is None:
+        return
+    numbers = range(len(present["tokens"].value), rows)
+    for name, fill in filling.items():
+        if present[name] is not None:
+            present[name].value = [
+                *present[name].value,
+                *(fill.format(i) if name == "tokens" else fill for i in numbers),
+            ]
 
 
 def byte_alphabet() -> list[str]:

@@ -13,7 +13,7 @@ from mlxq.checkpoint import gguf_config
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import normalize
 from mlxq.checkpoint.gguf_file import GgufTensor
-from mlxq.checkpoint.gguf_metadata import Metadata
+from mlxq.checkpoint.gguf_metadata import Metadata, check_vocabulary
 from mlxq.checkpoint.gguf_names import MappedTensor, architecture, map_name, unpermuted_rows
 from mlxq.checkpoint.gguf_split import open_gguf
 from mlxq.checkpoint.gguf_tokenizer import build_tokenizer_files
@@ -69,6 +69,7 @@ class GgufCheckpoint(Checkpoint):
         config["torch_dtype"] = self._dtype()
         self.config = normalize(config)
         self.generation_config = gguf_config.build_generation_config(self.metadata, self.config["vocab_size"])
+        check_vocabulary(self.path, values, self.config["vocab_size"])
         self._check_permuted()
 
     def _check_types(self) -> None:

@@ -27,7 +27,7 @@ from gguf_models import (
 from mlxq.architectures.registry import build_model
 from mlxq.checkpoint.gguf import GgufCheckpoint, unpermuted_rows
 from mlxq.checkpoint.gguf_file import GgufFile
-from mlxq.errors import CheckpointError, MlxqError
+from mlxq.errors import CheckpointError, FormatError, MlxqError
 from mlxq.formats.affine import unpack
 from mlxq.types import QuantSpec
 
@@ -404,6 +404,20 @@ def test_no_value_of_any_key_gets_past_the_checks(tmp_path, monkeypatch):
                 refused[key] = str(e)
     assert not any("\n" in message for message in refused.values())
     assert {"split.count", "llama.rope.scaling.type", "tokenizer.ggml.model", "llama.rope.freq_base"} <= refused.keys()
+
+
+@pytest.mark.parametrize(("rows", "more"), [(300, 0), (261, 1)], ids=["shorter", "longer"])
+def test_a_vocabulary_of_another_size_than_the_embedding(tmp_path, rows, more):
+    """llama.cpp refuses both."""
+    writer = new_writer(tmp_path / "m.gguf")
+    add_byte_tokenizer(writer)
+    writer.kv_data[0]["tokenizer.ggml.tokens"].value.extend(["more"] * more)
+    for name, w in llama_weights(vocab=rows).items():
+        add_tensor(writer, gguf_name(name), w)
+    finish(writer)
+    message = rf"tokenizer.ggml.tokens has {261 + more} entries, but token_embd.weight has {rows} rows, expected one"
+    with pytest.raises(FormatError, match=message):
+        GgufCheckpoint(tmp_path / "m.gguf")
 
 
 def test_missing_key_is_named(tmp_path):
