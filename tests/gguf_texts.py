@@ -52,6 +52,16 @@ TEXTS = [
     "end with space ",
     "한국어1234한국어 中文abc中文123，。！",
     "tab\tsep\tvals\n1\t2\t3",
+    'def f(x: int) -> str:\n    """Doc."""\n    if x != 0x7f:\n\t\treturn f"{x:>10,.2f}"  # done\n\n\nclass A: ...\n',
+    "#include <vector>\nint main() { std::vector<int> v{1, 2, 3}; return v[0] ? -1 : ~0; } // ok\r\n",
+    '{"a": [1, -2.5e10, null], "b": {"c": "\\u00e9"}}\n<div class=\'x\'>&nbsp;</div>',
+    "SELECT * FROM t WHERE id >= 10 AND name LIKE '%x_%'; -- 2024-01-31T23:59:59Z",
+    "عربي English עברית ١٢٣ mixed، نص ‏rtl‎ end",
+    "ภาษาไทยไม่มีช่องว่าง ລາວ မြန်မာ ខ្មែរ தமிழ் తెలుగు",
+    "∑∫√ ≤ ≥ ≠ ± × ÷ → ⇒ ∞ 10⁻³ H₂O x² α β γ",
+    "👨🏿‍🚒🏳️‍🌈 1️⃣ ©️ ™ ❤️🇩🇪🇯🇵 :-) ¯\\_(ツ)_/¯",
+    "aaaaaaaa bbbbbbbb  cccccccc   dddd\t\teeee\n\n\nffff",
+    "<|endoftext|><|im_start|>assistant\n<think>\n</think>\n[INST] hi [/INST] <<SYS>> <|eot_id|>",
 ]
 
 _POOLS = [

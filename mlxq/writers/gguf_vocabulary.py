@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 from mlxq.writers.gguf_pre import pre_name
@@ -70,6 +71,9 @@ def build_vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None) ->
     Raises:
         CheckpointError: no tokenizer, one of a kind that llama.cpp lacks, or one that is inconsistent.
     """
+    name = next((n for n in _SENTENCEPIECE_FILES if n in files.files), None)
+    if files.tokenizer is None and (name is None or _is_tiktoken(files.read(name))) and is_tokenizer(files.files):
+        files.convert()
     kind = (files.tokenizer or {}).get("model", {}).get("type")
     if kind in _REFUSED:
         raise CheckpointError(
@@ -78,7 +82,6 @@ def build_vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None) ->
         )
     if kind == "BPE" and not files.tokenizer["model"].get("byte_fallback"):
         return _byte_level(files, vocab_size, pre)
-    name = next((n for n in _SENTENCEPIECE_FILES if n in files.files), None)
     build = {"BPE": _fallback_bpe, "Unigram": _unigram}.get(kind)
     if build is not None:
         try:
@@ -94,6 +97,11 @@ def build_vocabulary(files: TokenizerFiles, vocab_size: int, pre: str | None) ->
         f"{files.where('tokenizer.json')}: no tokenizer that GGUF can hold: expected tokenizer.json with a model of "
         f"type BPE or Unigram, or a SentencePiece tokenizer.model; found {quoted(kind)}"
     )
+
+
+def _is_tiktoken(data: bytes) -> bool:
+    """Whether a `tokenizer.model` is tiktoken's kind: lines of a token in base64 and its rank."""
+    return re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", data) is not None
 
 
 class _Rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,31 @@ class TokenizerFiles:
         self._named = [self.settings, self._object("special_tokens_map.json") or {}]
         if self.tokenizer is not None and not isinstance(self.tokenizer.get("model"), dict):
             raise CheckpointError(f"{self.where(_JSON_MODEL)}: has no model")
+
+    def convert(self) -> None:
+        """Let transformers make `tokenizer` of what there is, `vocab.json` and `merges.txt` for example.
+
+        Raises:
+            CheckpointError: it cannot, or only with code that the model brings.
+        """
+        from transformers import AutoTokenizer
+
+        with tempfile.TemporaryDirectory() as directory:
+            for name in self.files:
+                target = Path(directory, name)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(self.read(name) or b"")
+            Path(directory, "config.json").write_text(json.dumps(self.config))
+            try:
+                made = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+                self.tokenizer = json.loads(made.backend_tokenizer.to_str())
+            # Whatever reads a foreign file fails in its own way.
+            except Exception as e:
+                why = " ".join(str(e).replace(directory, "").split())[:200]
+                raise CheckpointError(
+                    f"{self.where(_JSON_MODEL)}: there is none, and transformers cannot make one of "
+                    f"{', '.join(sorted(self.files))}: {why}"
+                ) from e
 
     @property
     def from_gguf(self) -> bool:

