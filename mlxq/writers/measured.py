@@ -20,7 +20,10 @@ class MeasuredErrors:
         """Count some rows of a tensor, as they were and as they are stored; float32, of one shape."""
         difference = np.subtract(w_hat, w).ravel()
         w = w.ravel()
-        error, size = float(np.vdot(difference, difference)), float(np.vdot(w, w))
+        self.add_squares(name, float(np.vdot(difference, difference)), float(np.vdot(w, w)))
+
+    def add_squares(self, name: str, error: float, size: float) -> None:
+        """Count some rows of a tensor by the sums of squares of what changed, and of the weights."""
         with self._lock:
             errors, sizes = self._sums.setdefault(name, ([], []))
             errors.append(error)

@@ -12,7 +12,7 @@ import numpy as np
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.config import to_json
 from mlxq.errors import FormatError
-from mlxq.formats import crossings, floats
+from mlxq.formats import crossings, floats, rescaled
 from mlxq.plan.dtypes import narrows
 from mlxq.plan.planner import Plan
 from mlxq.plan.recoding import MOST_ADDED, RECODINGS
@@ -81,7 +81,9 @@ class MlxTarget:
             raise FormatError(f"the scales exceed the range of {DTYPE_NAMES[plan.dtype]}; choose another --dtype")
         cast = replace(q, scales=parts[0], biases=parts[1], dtype=plan.dtype)
         if narrows(q.dtype, plan.dtype):
-            self._measure(plan, crossings.dequantize(q), crossings.dequantize(cast))
+            error, size = rescaled.squares(q, cast)
+            self._refuse_loss(error > 0)
+            self.errors.add_squares(plan.info.name, error, size)
         return cast
 
     def _cast(self, plan: TensorPlan, w: np.ndarray) -> np.ndarray:
@@ -100,10 +102,13 @@ class MlxTarget:
 
     def _measure(self, plan: TensorPlan, w: np.ndarray, w_hat: np.ndarray) -> None:
         """Count what these rows lost; with `exact` they must not have lost anything."""
-        if self.plan.exact and not np.array_equal(w, w_hat):
-            stored = DTYPE_NAMES[plan.dtype]
-            raise FormatError(f"--exact: rounding to {stored} changes its weights: use --dtype float32")
+        self._refuse_loss(self.plan.exact and not np.array_equal(w, w_hat))
         self.errors.add(plan.info.name, w, w_hat)
+
+    def _refuse_loss(self, lost: bool) -> None:
+        if self.plan.exact and lost:
+            stored = DTYPE_NAMES[self.plan.dtype]
+            raise FormatError(f"--exact: rounding to {stored} changes its weights: use --dtype float32")
 
     def notes(self) -> list[str]:
         """What was lost beside the quantization that was asked for; to be read when all is written."""
