@@ -152,8 +152,6 @@ def pre_tokenizer(name: str | None, where: object) -> PreTokenizer:
     return found
 
 
-#: The same way of splitting as others spell it -> as the table does. Only spellings that are known to cut alike, or
-#: that llama.cpp takes for alike: it has no classes of upper and lower case (`_cased`).
 _LU, _LL = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _CONTRACTIONS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",
@@ -168,6 +166,7 @@ def _published_cased(ending: str, digits: str) -> str:
     return "|".join((*words, digits, r" ?[^\s\p{L}\p{N}]+[\r\n/]*", _SPACES))
 
 
+#: The same way of splitting as others spell it -> as the table does.
 _SPELLINGS = {
     # What remains between matches is a piece as well.
     _GPT2 + r"|\s+": _GPT2,
@@ -183,6 +182,9 @@ _SPELLINGS = {
     ): _LLAMA3,
     _cl100k(r"\p{N}").replace(r"\s*[\r\n]+", r"\s*[\r\n]"): _QWEN2,
     _cl100k(r"\p{N}{1,3}").replace(r"\s*[\r\n]+", r"\s*[\r\n]"): _LLAMA3,
+}
+#: What llama.cpp takes for the same: it has no classes of upper and lower case, and marks end its words.
+_APPROXIMATIONS = {
     _published_cased(f"{_CONTRACTION}?", r"\p{N}{1,3}"): _cased(f"{_CONTRACTION}?", r"\p{N}{1,3}"),
     _published_cased("", r"\p{N}"): _cased("", r"\p{N}"),
 }
@@ -190,10 +192,11 @@ _SPELLINGS = {
 _PREFERRED = ("gpt-2", "smollm", "llama-bpe", "qwen2", "smaug-bpe", "glm4", "gpt-4o", "deepseek-v3", "bloom")
 
 
-def splits_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
+def splits_of(pre_tokenizer: dict[str, Any] | None, *, exact: bool = False) -> tuple[str, ...] | None:
     """The expressions by which a `tokenizer.json`'s byte-level `pre_tokenizer` splits, spelt as `PRE_TOKENIZERS` does.
 
-    None where it does something that expressions in order cannot say.
+    None where it does something that expressions in order cannot say. Unless `exact`, expressions that llama.cpp
+    replaces by simpler ones are spelt as those.
     """
     parts = [pre_tokenizer or {}]
     if parts[0].get("type") == "Sequence":
@@ -203,14 +206,14 @@ def splits_of(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...] | None:
     if not parts or parts[-1].get("type") != "ByteLevel" or parts[-1].get("add_prefix_space"):
         return None
     for part in parts:
-        pattern = _pattern(part)
+        pattern = _pattern(part, exact)
         if pattern is None:
             return None
         patterns += pattern
     return tuple(patterns)
 
 
-def _pattern(part: dict[str, Any]) -> list[str] | None:
+def _pattern(part: dict[str, Any], exact: bool) -> list[str] | None:
     kind = part.get("type")
     if kind == "ByteLevel":
         return [_GPT2] if part.get("use_regex", True) else []
@@ -220,6 +223,7 @@ def _pattern(part: dict[str, Any]) -> list[str] | None:
     if expression is None:
         return None
     spelt = _canonical(expression)
+    spelt = spelt if exact else _APPROXIMATIONS.get(spelt, spelt)
     how = part.get("behavior"), part.get("invert", False)
     # Removing what does not match is the same where everything does.
     covers = how == ("Removed", True) and spelt.endswith(r"|\s+")

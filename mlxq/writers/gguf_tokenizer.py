@@ -15,7 +15,6 @@ import numpy as np
 from mlxq.checkpoint.gguf_config import END_TEXTS
 from mlxq.errors import CheckpointError
 from mlxq.writers.gguf_vocabulary import Vocabulary, build_vocabulary
-from mlxq.writers.gguf_whitespace import normalizers, parts_of, space_prefix
 from mlxq.writers.tokenizer_files import TokenizerFiles
 
 #: Special token -> its key; the spelling of the separator's is the format's.
@@ -161,35 +160,6 @@ def _templates(files: TokenizerFiles) -> dict[str, tuple[str, Any]]:
     if "default" in templates:
         metadata["tokenizer.chat_template"] = ("string", templates["default"])
     return metadata
-
-
-def tokenizer_differences(files: dict[str, Path | bytes]) -> list[str]:
-    """What the tokenizer does and llama.cpp leaves out, one line each, for the reader of the conversion's report."""
-    source = TokenizerFiles(files, {}, {})
-    if source.tokenizer is None:
-        return []
-    lines = []
-    if any(n["type"] == "NFC" for n in normalizers(source.tokenizer)):
-        lines.append("text that is not in Unicode's composed form (NFC) gets other ids: llama.cpp does not compose it")
-    splits = parts_of(source.tokenizer.get("pre_tokenizer"), "pretokenizers")
-    if space_prefix(source) and any(s["type"] == "Metaspace" for s in splits):
-        lines.append(
-            "text that begins with a space gets other ids: llama.cpp puts one more before it, as SentencePiece does"
-        )
-    strips = [t.content for t in source.added_tokens().values() if t.strips]
-    if strips:
-        lines.append(
-            f"{len(strips)} added tokens, {strips[0]!r} the first, take spaces beside them or whole words only, which "
-            "GGUF cannot say"
-        )
-    first, last = around(source)
-    for text, name in ((first, "bos"), (last, "eos")):
-        named = (source.special_text(name), source.special_text({"bos": "cls", "eos": "sep"}[name]))
-        if text is not None and text not in named:
-            lines.append(
-                f"the tokenizer puts {text!r} around a text, which is not its {name.upper()}: GGUF cannot say so"
-            )
-    return lines
 
 
 def passthrough(metadata: dict[str, Any]) -> dict[str, tuple[str, Any]]:

@@ -19,8 +19,9 @@ from mlxq.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
 from mlxq.checkpoint.gguf_tokenizer import SOURCE_KEY, build_tokenizer_files
 from mlxq.errors import CheckpointError
 from mlxq.writers.gguf_pre import hashed_name
-from mlxq.writers.gguf_tokenizer import passthrough, tokenizer_differences, tokenizer_metadata
+from mlxq.writers.gguf_tokenizer import passthrough, tokenizer_metadata
 from mlxq.writers.sentencepiece_model import parse_sentencepiece
+from mlxq.writers.tokenizer_differences import tokenizer_differences
 from mlxq.writers.tokenizer_files import TokenizerFiles
 
 ALL = TEXTS + fuzz(400)
@@ -259,7 +260,7 @@ REFUSED = {
         r"a WordPiece \(bert\) tokenizer is not supported",
     ),
     "words": (small(model={"type": "WordLevel", "vocab": {}}), "a WordLevel tokenizer is not supported"),
-    "too many tokens": (small(added_tokens=added("a1", first=300)), r"'a1' has the id 300, but the embedding has 300"),
+    "too many tokens": (small(model=model(vocab={"q": 300})), r"'q' has the id 300, but the embedding has 300"),
     "a text twice": (small(added_tokens=added("q", first=299)), "have the same text 'q'"),
     "normalized": (small(normalizer={"type": "Lowercase"}), r"normalized \(Lowercase\) before it is cut"),
     "no merges": (small(model=model(merges=[])), "merges is empty"),
@@ -363,6 +364,25 @@ def test_chat_templates():
     assert metadata["tokenizer.chat_template"] == ("string", " new\n")
     assert metadata["tokenizer.chat_templates"] == ("string[]", ["tool_use"])
     assert metadata["tokenizer.chat_template.tool_use"] == ("string", "tools")
+
+
+UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+START, REST = r"[^\r\n\p{L}\p{N}]?", r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEKKEN = f"{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*|{REST}"
+
+
+def test_a_split_that_llamacpp_simplifies_is_named_and_listed():
+    content = small(pre_tokenizer=split(TEKKEN), model=model(ignore_merges=True))
+    assert metadata_of(content, vocab=300)["tokenizer.ggml.pre"] == ("string", "tekken")
+    assert "expressions of its own" in tokenizer_differences({"tokenizer.json": json.dumps(content).encode()})[0]
+
+
+def test_an_added_token_without_a_row_is_left_out_and_listed():
+    content = small(added_tokens=added("<a>", "<b>"))
+    assert metadata_of(content, vocab=258)["tokenizer.ggml.tokens"][1][256:] == ["ab", "<a>"]
+    files = {"tokenizer.json": json.dumps(content).encode()}
+    assert "1 added tokens, '<b>' the first, are left out" in tokenizer_differences(files, 258)[0]
+    assert tokenizer_differences(files, 259) == []
 
 
 def test_differences_are_listed():
