@@ -25,11 +25,13 @@ from mlxq.cli.options import (
 def convert(
     source: Source,
     output: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             "--output",
             "-o",
-            help="Directory to make for MLX, or a file name that ends in .gguf. Not needed with --dry-run.",
+            metavar="PATH",
+            help="Directory to make for MLX, or a file name that ends in .gguf; with --recipe portable both, each with "
+            "its own -o. Not needed with --dry-run.",
         ),
     ] = None,
     bits: Annotated[
@@ -55,7 +57,8 @@ def convert(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="uniform, or mixed: more bits for value, down-projection, embedding and head. (default: uniform)",
+            help="uniform; mixed: more bits for value, down-projection, embedding and head; or portable: as mixed, in "
+            "codes that a GGUF file holds exactly too. (default: uniform)",
             show_default=False,
             rich_help_panel=PLAN,
         ),
@@ -143,4 +146,4 @@ def convert(
     if dry_run:
         print_plan(result.plan, result.config, context)
     else:
-        print_result(result, output)
+        print_result(result, " and ".join(output))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mlxq.api import public
 from mlxq.conversion.job import ConversionResult, Job
+from mlxq.conversion.to_both import is_gguf, to_both
 from mlxq.conversion.to_gguf import GGUF_SUFFIX, GgufRequest, to_gguf
 from mlxq.conversion.to_mlx import to_mlx
 from mlxq.errors import PlanError
@@ -19,7 +20,7 @@ __all__ = ["ConversionResult", "convert", "export"]
 @public
 def convert(
     source: str | os.PathLike[str],
-    output: str | os.PathLike[str] | None = None,
+    output: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     *,
     type: str | None = None,
     bits: int | None = None,
@@ -44,11 +45,13 @@ def convert(
 
     Args:
         source: a Hugging Face or MLX directory, a GGUF file, or a Hub id `org/name`.
-        output: the directory to make, or a file name that ends in `.gguf`; not needed for a dry run.
+        output: the directory to make, or a file name that ends in `.gguf`; not needed for a dry run. With the
+            portable recipe both, in a list: then the two decode to the same weights.
         type: of a GGUF file, as llama.cpp names it (`Q4_K_M`, `Q8_0`, `BF16` ...); default what a quantized source
             holds, else `Q4_K_M`.
         bits, group_size: of MLX's affine grid; default 4 and 64, or the codes of an already quantized source.
-        recipe: of an MLX directory: `uniform` or `mixed` (more bits for sensitive tensors).
+        recipe: of an MLX directory: `uniform`, `mixed` (more bits for sensitive tensors), or `portable` (the same,
+            in codes that a GGUF file can hold exactly).
         tensor_types: overrides, the last that matches wins: `REGEX=BITS[:GROUP]` with parameter names for MLX,
             `REGEX=TYPE` with GGUF names for GGUF.
         keep: regular expressions of parameters that stay float in an MLX directory.
@@ -69,11 +72,16 @@ def convert(
     Raises:
         MlxqError: a subclass for each stage; nothing is left at `output` then.
     """
-    job = Job(source, output, revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
+    outputs = list(output) or [None] if isinstance(output, (list, tuple)) else [output]
+    job = Job(source, outputs[0], revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
+    if len(outputs) > 1:
+        _refuse({"--type": type, "--imatrix": imatrix}, "a GGUF file alone; the portable recipe takes --bits")
+        options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact)
+        return to_both(job, outputs, options, GgufRequest(exact=True, pre=pre, modelfile=modelfile, as_stored=True))
     of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
     given = next((name for name, value in of_gguf.items() if value is not None), None)
-    if _is_gguf(output) or (output is None and given):
+    if is_gguf(job.output) or (job.output is None and given):
         _refuse(of_mlx, "an MLX directory; a GGUF file takes --type and --tensor-type REGEX=TYPE")
         return to_gguf(job, GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile))
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")
@@ -112,13 +120,9 @@ def export(
         MlxqError: a subclass for each stage; nothing is left at `output` then.
     """
     job = Job(source, output, revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
-    if output is not None and not _is_gguf(output):
+    if output is not None and not is_gguf(output):
         raise PlanError(f"{os.fspath(output)}: an export is a GGUF file: give it a name that ends in {GGUF_SUFFIX}")
     return to_gguf(job, GgufRequest(None, _patterns(tensor_types), None, exact, pre, modelfile, as_stored=True))
-
-
-def _is_gguf(output: str | os.PathLike[str] | None) -> bool:
-    return output is not None and os.fspath(output).lower().endswith(GGUF_SUFFIX)
 
 
 def _patterns(value: str | Sequence[str]) -> tuple[str, ...]:

@@ -20,18 +20,26 @@ OTHER_FILES = 64 << 20
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What a conversion did. `path` is None for a dry run; `verification` is None when it was skipped."""
+    """What a conversion did.
+
+    `path` is None for a dry run, `verification` None when it was skipped; `gguf` is the file that was made beside a
+    directory.
+    """
 
     path: Path | None
     plan: Plan
     config: dict[str, Any]
     verification: Any = None
     notes: tuple[str, ...] = field(default=())
+    gguf: Path | None = None
 
 
 @dataclass(frozen=True)
 class Job:
-    """Source, place of the result, and how the work is run; see `mlxq.convert`."""
+    """Source, place of the result, and how the work is run; see `mlxq.convert`.
+
+    `name` is what the source is called where that is not its place.
+    """
 
     source: str | os.PathLike[str]
     output: str | os.PathLike[str] | None
@@ -42,6 +50,7 @@ class Job:
     on_plan: Callable[[Plan], None] | None
     progress: ProgressCallback | None
     cancel: CancelToken
+    name: str | os.PathLike[str] | None = None
 
     @property
     def path(self) -> Path:
@@ -53,6 +62,11 @@ class Job:
         if self.output is None or not os.fspath(self.output):
             raise OutputError("no output directory given")
         return Path(self.output).expanduser()
+
+    @property
+    def source_name(self) -> str:
+        """The source as the person named it."""
+        return os.fspath(self.source if self.name is None else self.name)
 
     def prove(self, parameters: ParameterMap, result: Path, plan: Plan) -> Any:
         """Run source and result over a text; None where that is not asked for.
@@ -71,7 +85,7 @@ class Job:
 
     def describe(self, checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
         """The source as the manifest names it; `files` are the SHA-256 digests of its weight files."""
-        text = os.fspath(self.source)
+        text = self.source_name
         name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
         described: dict[str, Any] = {"name": name, "kind": checkpoint.kind}
         if checkpoint.path.parent.name == "snapshots":

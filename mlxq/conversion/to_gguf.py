@@ -10,7 +10,6 @@ from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.imatrix import ImportanceMatrix
-from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.gguf_fields import config_name
 from mlxq.checkpoint.gguf_names import GgufArchitecture, MappedTensor, architecture_for
 from mlxq.checkpoint.gguf_names import to_gguf as gguf_name
@@ -24,13 +23,14 @@ from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan
 from mlxq.plan.planner import Plan
 from mlxq.types import TensorInfo
 from mlxq.writers.gguf_hyperparameters import rope_tensors
-from mlxq.writers.gguf_metadata import file_metadata
+from mlxq.writers.gguf_metadata import file_metadata, ollama_modelfile
 from mlxq.writers.gguf_target import GgufTarget
 from mlxq.writers.manifest import manifest_json
 from mlxq.writers.output_file import OutputFile
 from mlxq.writers.stream import WeightStream
 
 GGUF_SUFFIX = ".gguf"
+MODELFILE = "Modelfile"
 #: Rows of scales that are looked at together.
 _ROWS = 1 << 14
 
@@ -47,6 +47,10 @@ class GgufRequest:
     modelfile: bool = False
     as_stored: bool = False
 
+    def beside(self, path: Path) -> tuple[str, ...]:
+        """Names of the files that stand beside the GGUF file."""
+        return (_manifest_name(path), *((MODELFILE,) if self.modelfile else ()))
+
 
 def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
     """Plan, write and prove a GGUF file; see `mlxq.convert`."""
@@ -54,8 +58,7 @@ def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
     importance = ImportanceMatrix.read(request.imatrix) if request.imatrix is not None else None
     stage = None
     if not job.dry_run:
-        beside = (_manifest_name(job.path), *(("Modelfile",) if request.modelfile else ()))
-        stage = OutputFile(job.path, overwrite=job.overwrite, beside=beside)
+        stage = OutputFile(job.path, overwrite=job.overwrite, beside=request.beside(job.path))
     with open_checkpoint(job.source, job.revision, job.progress, accept=architecture_for) as checkpoint:
         _, arch = architecture_for(checkpoint.config)
         parameters = ParameterMap(checkpoint)
@@ -64,7 +67,7 @@ def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
         if job.on_plan:
             job.on_plan(plan)
         # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.
-        metadata = file_metadata(checkpoint, arch, plan, source=os.fspath(job.source), pre=request.pre)
+        metadata = file_metadata(checkpoint, arch, plan, source=job.source_name, pre=request.pre)
         rope = rope_tensors(checkpoint.config)
         if stage is None:
             return ConversionResult(None, plan, checkpoint.config)
@@ -79,7 +82,7 @@ def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
                 _refuse_changed(target.errors.relative_rmse, names)
             verification = job.prove(parameters, stage.staged, plan)
             if request.modelfile:
-                stage.write("Modelfile", _modelfile(stage.path.name, checkpoint).encode())
+                stage.write(MODELFILE, ollama_modelfile(stage.path.name, metadata, checkpoint).encode())
             stage.write(
                 _manifest_name(stage.path),
                 manifest_json(
@@ -162,7 +165,3 @@ def _refuse_changed(errors: dict[str, float], names: dict[str, MappedTensor]) ->
         name = names[changed].name.removesuffix(".weight")
         hint = f"--tensor-type '{name}=F32' keeps it"
         raise PlanError(f"--exact: {name} changed by {errors[changed]:.1e} of its size; {hint}")
-
-
-def _modelfile(name: str, checkpoint: Checkpoint) -> str:
-    raise NotImplementedError

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
@@ -19,8 +21,10 @@ from mlxq.writers.output import OutputDirectory
 from mlxq.writers.stream import WeightStream
 
 
-def to_mlx(job: Job, options: PlanOptions) -> ConversionResult:
-    """Plan, write and prove an MLX directory; see `mlxq.convert`."""
+def to_mlx(
+    job: Job, options: PlanOptions, before_commit: Callable[[Path], None] = lambda staged: None
+) -> ConversionResult:
+    """Plan, write and prove an MLX directory; see `mlxq.convert`. `before_commit` is called when all is staged."""
     stage = None if job.dry_run else OutputDirectory(job.path, overwrite=job.overwrite)
     with open_checkpoint(job.source, job.revision, job.progress, accept=model_classes) as checkpoint:
         parameters = ParameterMap(checkpoint)
@@ -63,5 +67,6 @@ def to_mlx(job: Job, options: PlanOptions) -> ConversionResult:
                     errors=target.errors.relative_rmse,
                 ),
             )
+            before_commit(stage.stage)
             stage.commit()
         return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 from mlxq.checkpoint.base import Checkpoint
+from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.gguf_names import GgufArchitecture
 from mlxq.errors import CheckpointError
 from mlxq.plan.gguf_mixes import FILE_TYPES
 from mlxq.plan.planner import Plan
 from mlxq.writers.gguf import TypedMetadata
+from mlxq.writers.gguf_general import general_metadata
 from mlxq.writers.gguf_hyperparameters import hyperparameters
-from mlxq.writers.gguf_tokenizer import tokenizer_metadata
+from mlxq.writers.gguf_tokenizer import passthrough, tokenizer_metadata
+from mlxq.writers.modelfile import modelfile, ollama_parameters
+
+_LICENCE = re.compile(r"(?i)licen[cs]e|copying")
 
 
 def file_metadata(
@@ -29,19 +36,64 @@ def file_metadata(
     Raises:
         CheckpointError: a setting or a tokenizer that llama.cpp cannot run as it is.
     """
-    config = checkpoint.config
-    files = checkpoint.companion_files()
-    vocab_size = config.get("vocab_size")
+    config, files = checkpoint.config, checkpoint.companion_files()
+    is_gguf = isinstance(checkpoint, GgufCheckpoint)
+    previous = checkpoint.metadata.values if is_gguf else None
+    readme = checkpoint.path / "README.md"
+    general = general_metadata(
+        source,
+        architecture=arch.name,
+        file_type=file_type_number(plan),
+        generation_config=checkpoint.generation_config,
+        licence_files={n: f for n, f in files.items() if _LICENCE.match(n)},
+        readme=readme if readme.is_file() else None,
+        parameters=_parameters(plan),
+        previous=previous,
+    )
+    return general | hyperparameters(config, arch.name, arch) | _tokenizer(checkpoint, previous, pre)
+
+
+def _tokenizer(checkpoint: Checkpoint, previous: dict[str, Any] | None, pre: str | None) -> TypedMetadata:
+    """As the source's file says it, or made from the tokenizer's files."""
+    if previous is not None and pre is None:
+        return passthrough(previous)
+    vocab_size = checkpoint.config.get("vocab_size")
     if not isinstance(vocab_size, int):
         raise CheckpointError(f"{checkpoint.path}: config.json lacks vocab_size")
-    general: dict[str, Any] = {
-        "general.architecture": ("string", arch.name),
-        "general.type": ("string", "model"),
-        "general.file_type": ("uint32", file_type_number(plan)),
-        "general.quantization_version": ("uint32", 2),
-    }
-    tokenizer = tokenizer_metadata(files, config, checkpoint.generation_config, vocab_size=vocab_size, pre=pre)
-    return general | hyperparameters(config, arch.name, arch) | tokenizer
+    files = checkpoint.companion_files()
+    return tokenizer_metadata(files, checkpoint.config, checkpoint.generation_config, vocab_size=vocab_size, pre=pre)
+
+
+def _parameters(plan: Plan) -> tuple[int, int, int]:
+    """Numbers of all weights, of those of experts among them, and of experts in a layer."""
+    stacks = [p.info for p in plan.tensors if p.info.module == "switch"]
+    return plan.n_weights, sum(s.size for s in stacks), stacks[0].shape[0] if stacks else 0
+
+
+def ollama_modelfile(gguf_name: str, metadata: TypedMetadata, checkpoint: Checkpoint) -> str:
+    """The Modelfile of a GGUF file with this metadata."""
+
+    def value(key: str, default: Any = None) -> Any:
+        return metadata.get(f"tokenizer.{key}", ("", default))[1]
+
+    tokens = value("ggml.tokens", [])
+
+    def text(name: str) -> str:
+        number = value(f"ggml.{name}_token_id")
+        return tokens[number] if number is not None else ""
+
+    licence = next((f for n, f in checkpoint.companion_files().items() if _LICENCE.match(n)), None)
+    if isinstance(licence, Path):
+        licence = licence.read_bytes()
+    return modelfile(
+        gguf_name,
+        value("chat_template"),
+        [t for t in map(text, ("eos", "eot", "eom")) if t],
+        ollama_parameters(checkpoint.generation_config),
+        bos=text("bos") if value("ggml.add_bos_token") else "",
+        eos=text("eos"),
+        licence=licence.decode("utf-8", "replace") if licence else None,
+    )
 
 
 def file_type_number(plan: Plan) -> int:

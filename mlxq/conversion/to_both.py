@@ -1,0 +1,62 @@
+"""One quantization in two containers: an MLX directory and a GGUF file whose weights decode to the same numbers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from mlxq.conversion.job import ConversionResult, Job
+from mlxq.conversion.to_gguf import GGUF_SUFFIX, GgufRequest, to_gguf
+from mlxq.conversion.to_mlx import to_mlx
+from mlxq.errors import OutputError, PlanError, VerificationError
+from mlxq.plan.planner import PlanOptions
+from mlxq.writers.output_file import OutputFile
+
+
+def to_both(
+    job: Job, outputs: Sequence[str | os.PathLike[str]], options: PlanOptions, request: GgufRequest
+) -> ConversionResult:
+    """Quantize by the portable recipe, write both, and compare them tensor by tensor; see `mlxq.convert`.
+
+    The GGUF file is made from the directory while that is still staged, so its blocks are the directory's codes.
+
+    Raises:
+        PlanError: not one directory and one `.gguf` file, or another recipe.
+        VerificationError: a weight differs between the two. Neither is left then.
+    """
+    files = [o for o in outputs if is_gguf(o)]
+    directories = [o for o in outputs if not is_gguf(o)]
+    if len(files) != 1 or len(directories) != 1:
+        raise PlanError(f"two outputs are one directory and one file that ends in {GGUF_SUFFIX}")
+    if options.recipe != "portable":
+        raise PlanError("two outputs need --recipe portable: it alone chooses codes that both containers hold")
+    first = replace(job, output=directories[0])
+    second = replace(job, output=files[0], verify=False, on_plan=None, name=job.source)
+    if not job.dry_run:
+        # What is wrong with its place shows before any work.
+        OutputFile(second.path, overwrite=job.overwrite, beside=request.beside(second.path))
+        if second.path.resolve().is_relative_to(first.path.resolve()):
+            raise OutputError(f"{second.path} lies in the directory {first.path} that is to be made")
+
+    def export(staged: Path) -> None:
+        to_gguf(replace(second, source=staged), request)
+        _compare(staged, second)
+
+    result = to_mlx(first, options, before_commit=export)
+    return result if job.dry_run else replace(result, gguf=second.path)
+
+
+def is_gguf(output: str | os.PathLike[str] | None) -> bool:
+    """Whether an output is named as a GGUF file."""
+    return output is not None and os.fspath(output).lower().endswith(GGUF_SUFFIX)
+
+
+def _compare(staged: Path, second: Job) -> None:
+    from mlxq.evaluate.compare import compare
+
+    comparison = compare(staged, second.path, only=("tensors",), progress=second.progress, cancel=second.cancel)
+    if not comparison.passed:
+        second.path.unlink()
+        raise VerificationError(f"{second.path}: {comparison.failure}; nothing was written")
