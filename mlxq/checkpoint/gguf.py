@@ -17,6 +17,7 @@ from mlxq.checkpoint.gguf_metadata import Metadata, check_vocabulary
 from mlxq.checkpoint.gguf_names import MappedTensor, architecture, map_name, unpermuted_rows
 from mlxq.checkpoint.gguf_split import open_gguf
 from mlxq.checkpoint.gguf_tokenizer import build_tokenizer_files
+from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError, FormatError
 from mlxq.formats import ggml
 from mlxq.formats.floats import from_float32, storage_dtype
@@ -83,12 +84,12 @@ class GgufCheckpoint(Checkpoint):
         mapped = map_name(self._arch, tensor.name)
         if mapped is None:
             raise CheckpointError(
-                f"{self.path}: tensor {tensor.name!r} is unknown to the architecture {self.metadata.arch!r}"
+                f"{self.path}: tensor {quoted(tensor.name)} is unknown to the architecture {quoted(self.metadata.arch)}"
             )
         spec = ggml.affine_spec(tensor.type_name)
         if len(tensor.shape) == 1 and tensor.type_name not in FLOAT_BYTES:
             raise CheckpointError(
-                f"{self.path}: tensor {tensor.name!r} is a vector of {tensor.type_name}, not of floats"
+                f"{self.path}: tensor {quoted(tensor.name)} is a vector of {tensor.type_name}, not of floats"
             )
         self._sources[mapped.name] = (tensor, mapped)
         self.tensors[mapped.name] = TensorInfo(
@@ -122,7 +123,7 @@ class GgufCheckpoint(Checkpoint):
         for tensor, mapped in self._sources.values():
             if mapped.permuted and tensor.shape[0] % (2 * self.config[mapped.heads]):
                 raise CheckpointError(
-                    f"{self.path}: tensor {tensor.name!r} has {tensor.shape[0]} rows, which do not divide into "
+                    f"{self.path}: tensor {quoted(tensor.name)} has {tensor.shape[0]} rows, which do not divide into "
                     f"{self.config[mapped.heads]} heads of even size"
                 )
 
@@ -218,6 +219,6 @@ def _stored(data: np.ndarray, dtype: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def _unreadable(tensor: GgufTensor) -> str:
     return (
-        f"tensor {tensor.name!r} is {tensor.type_name}, which is no format of weights that can be decoded; those that "
-        f"can are {', '.join(ggml.READABLE)}"
+        f"tensor {quoted(tensor.name)} is {tensor.type_name}, which is no format of weights that can be decoded; "
+        f"those that can are {', '.join(ggml.READABLE)}"
     )

@@ -15,6 +15,7 @@ import numpy as np
 from mlxq.checkpoint.gguf_fields import ACTIVATIONS, BIASED, BUILT_IN, FIELDS, YARN, Field
 from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_names import GgufArchitecture
+from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 
 #: Texts that end a turn or a text, beyond the ids the metadata names (llama.cpp `src/llama-vocab.cpp`, load).
@@ -216,7 +217,7 @@ def _rope_scaling(metadata: Metadata, config: dict[str, Any], read_rope: ReadRop
         return _kind("yarn", factor=factor, original_max_position_embeddings=original, **more)
     if kind != "none":
         raise CheckpointError(
-            f"{metadata.path}: rope scaling {kind!r} is not supported for {metadata.arch}; "
+            f"{metadata.path}: rope scaling {quoted(kind)} is not supported for {metadata.arch}; "
             "supported are none, linear, yarn, and llama3's rope_freqs tensor"
         )
     return None

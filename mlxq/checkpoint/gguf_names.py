@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -217,7 +218,9 @@ def architecture(name: object, where: object, experts: bool = False) -> GgufArch
     found = [arch for arch in _TABLE if arch.name == name]
     if not found:
         names = dict.fromkeys(arch.name for arch in _TABLE)
-        raise CheckpointError(f"{where}: GGUF architecture {name!r} is not supported; supported are {', '.join(names)}")
+        raise CheckpointError(
+            f"{where}: GGUF architecture {quoted(name)} is not supported; supported are {', '.join(names)}"
+        )
     for arch in found:
         if arch.experts == experts:
             return arch

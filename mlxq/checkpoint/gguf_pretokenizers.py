@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 
 _CONTRACTION = "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"
@@ -146,7 +147,7 @@ def pre_tokenizer(name: str | None, where: object) -> PreTokenizer:
     found = PRE_TOKENIZERS.get("default" if name in (None, "") else name)
     if found is None:
         raise CheckpointError(
-            f"{where}: the pre-tokenizer {name!r} (tokenizer.ggml.pre) is not supported; supported are "
+            f"{where}: the pre-tokenizer {quoted(name)} (tokenizer.ggml.pre) is not supported; supported are "
             f"{', '.join(sorted(PRE_TOKENIZERS))}"
         )
     return found

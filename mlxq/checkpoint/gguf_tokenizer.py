@@ -15,6 +15,7 @@ from mlxq.checkpoint.gguf_metadata import Metadata
 from mlxq.checkpoint.gguf_pretokenizers import pre_tokenizer
 from mlxq.checkpoint.gguf_sentencepiece import sentencepiece_bpe, unigram
 from mlxq.checkpoint.gguf_vocabulary import Vocabulary, bpe_model, tokenizer_json
+from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 
 #: In tokenizer_config.json: what a GGUF file says and a Hugging Face tokenizer has no place for.
@@ -38,7 +39,7 @@ def build_tokenizer_files(metadata: Metadata, vocab_size: int) -> dict[str, byte
     if kind is None or kind in ("none", "no_vocab"):
         return {}
     if kind not in _BUILDERS:
-        name = "WordPiece (tokenizer.ggml.model 'bert')" if kind == "bert" else f"tokenizer.ggml.model {kind!r}"
+        name = "WordPiece (tokenizer.ggml.model 'bert')" if kind == "bert" else f"tokenizer.ggml.model {quoted(kind)}"
         raise CheckpointError(
             f"{metadata.path}: {name} is not supported; supported are gpt2 (byte-level BPE), llama (SentencePiece BPE) "
             "and t5 (SentencePiece unigram)"

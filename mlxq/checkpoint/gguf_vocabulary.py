@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 
 from mlxq.checkpoint.gguf_config import CONTROL, END_TEXTS
+from mlxq.checkpoint.gguf_file import shown
 from mlxq.checkpoint.gguf_metadata import Metadata
+from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 
 _UNKNOWN, _USER_DEFINED = 2, 4
@@ -45,7 +47,7 @@ class Vocabulary:
         self.ids = {t: i for i, t in enumerate(self.tokens)}
         if len(self.ids) != len(self.tokens):
             twice = next(t for i, t in enumerate(self.tokens) if self.ids[t] != i)
-            raise CheckpointError(f"{self.path}: token {twice!r} appears twice in tokenizer.ggml.tokens")
+            raise CheckpointError(f"{self.path}: token {quoted(twice)} appears twice in tokenizer.ggml.tokens")
         self.types = np.ones(len(tokens), np.int32)
         if "tokenizer.ggml.token_type" in self.values:
             self.types = self._numbers("token_type")
@@ -76,7 +78,7 @@ class Vocabulary:
             cut = line.find(" ", 1)
             pair = (line[:cut], line[cut + 1 :]) if cut > 0 else ("", "")
             if not (pair[0] in self.ids and pair[1] in self.ids and pair[0] + pair[1] in self.ids):
-                raise CheckpointError(f"{self.path}: merge {line!r} is not two tokens that make a third")
+                raise CheckpointError(f"{self.path}: merge {quoted(line)} is not two tokens that make a third")
             pairs[pair] = None
         return [list(p) for p in pairs]
 
@@ -86,7 +88,7 @@ class Vocabulary:
     def flag(self, name: str, default: bool) -> bool:
         value = self.values.get(f"tokenizer.ggml.{name}", default)
         if not isinstance(value, (bool, np.bool_)):
-            raise CheckpointError(f"{self.path}: tokenizer.ggml.{name} is {value!r}, expected true or false")
+            raise CheckpointError(f"{self.path}: tokenizer.ggml.{name} is {shown(value)}, expected true or false")
         return bool(value)
 
     def added_tokens(self) -> list[dict[str, Any]]:
