@@ -366,6 +366,17 @@ def test_chat_templates():
     assert metadata["tokenizer.chat_template.tool_use"] == ("string", "tools")
 
 
+def test_what_is_kept_of_a_split_that_removes_the_rest():
+    """As OpenAI's tokenizers are converted; the same as isolating wherever every character matches."""
+    content = small(pre_tokenizer=split(LLAMA3))
+    content["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    assert metadata_of(content, vocab=300)["tokenizer.ggml.pre"] == ("string", "smaug-bpe")
+    content = small(pre_tokenizer=split(r"\p{L}+"))
+    content["pre_tokenizer"]["pretokenizers"][0] |= {"behavior": "Removed", "invert": True}
+    with pytest.raises(CheckpointError, match="no name for the way"):
+        metadata_of(content, vocab=300)
+
+
 UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 START, REST = r"[^\r\n\p{L}\p{N}]?", r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 TEKKEN = f"{START}{UPPER}*{LOWER}+|{START}{UPPER}+{LOWER}*|{REST}"
