@@ -93,6 +93,8 @@ def _described(source_name: str, readme: Path | None, parameters: tuple[int, int
     directory = Path(path.stem if path.suffix == ".gguf" else path.name or path.resolve().name)
     model = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), _card(readme), name, directory, total)
     model.name = model.name or directory.name or "model"
+    # llama.cpp knows by this spelling that special tokens take the spaces behind them along.
+    model.name = re.sub(r"\bPhi 3", "Phi-3", model.name)
     if model.size_label is None and total > 0:
         model.size_label = gguf.size_label(total, total - experts, experts // max(n_experts, 1), n_experts)
     if on_hub and model.source_repo_url is None:

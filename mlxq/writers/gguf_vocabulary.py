@@ -109,11 +109,14 @@ class _Rows:
 
     def __init__(self, files: TokenizerFiles, vocab_size: int):
         self.where = files.where("tokenizer.json")
+        self.left_out = {t.content for t in beyond(files, vocab_size)}
         self.tokens = [f"[PAD{i}]" for i in range(vocab_size)]
         self.scores = [_PAD_SCORE] * vocab_size
         self.types = [UNUSED] * vocab_size
 
     def put(self, row: int, text: str, score: float, kind: int) -> None:
+        if row >= len(self.tokens) and text in self.left_out:
+            return
         if not 0 <= row < len(self.tokens):
             raise CheckpointError(
                 f"{self.where}: token {text!r} has the id {row}, but the embedding has {len(self.tokens)} rows"
@@ -127,6 +130,11 @@ class _Rows:
         if twice is not None:
             text = self.tokens[twice]
             raise CheckpointError(f"{self.where}: the ids {twice} and {ids[text]} have the same text {text!r}")
+
+
+def beyond(files: TokenizerFiles, vocab_size: int) -> list[AddedToken]:
+    """Added tokens without a row in the embedding: no model can be given them (Gemma 3's text models and pictures)."""
+    return [t for t in files.added_tokens().values() if t.id >= vocab_size]
 
 
 def _is_control(token: AddedToken, trusted: bool) -> bool:
@@ -217,8 +225,9 @@ def _check_agreement(files: TokenizerFiles, model: SentencePieceModel) -> None:
     vocab = (files.tokenizer or {}).get("model", {}).get("vocab", {})
     if isinstance(vocab, list):
         vocab = {entry[0]: row for row, entry in enumerate(vocab)}
+    added = files.added_tokens()
     for row, (text, kind) in enumerate(zip(model.pieces, model.types, strict=True)):
-        if vocab and kind == NORMAL and vocab.get(text) != row and row not in files.added_tokens():
+        if vocab and kind == NORMAL and vocab.get(text) != row and row not in added:
             raise CheckpointError(
                 f"{files.where('tokenizer.json')}: {text!r} has the id {vocab.get(text)}, but {row} in "
                 "tokenizer.model: leave out the one that does not belong to the model"

@@ -50,6 +50,11 @@ def test_a_directory_gives_its_name(tmp_path):
     assert not any(k.startswith(("source", "organization")) for k in found)
 
 
+def test_phi3_keeps_the_name_that_llamacpp_looks_for():
+    assert general("some/Phi-3-mini-4k-instruct")["name"] == ("string", "Phi-3 Mini 4k Instruct")
+    assert general("some/phi-4")["name"] == ("string", "Phi 4")
+
+
 def test_experts_are_counted_apart():
     # 8 experts of 1e9 parameters each beside 2e9 others.
     assert general(parameters=(10_000_000_000, 8_000_000_000, 8))["size_label"] == ("string", "8x3.0B")
