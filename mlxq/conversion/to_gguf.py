@@ -23,7 +23,7 @@ from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan
 from mlxq.plan.planner import Plan
 from mlxq.types import TensorInfo
 from mlxq.writers.gguf_hyperparameters import rope_tensors
-from mlxq.writers.gguf_metadata import file_metadata, ollama_modelfile
+from mlxq.writers.gguf_metadata import file_metadata, metadata_notes, ollama_modelfile
 from mlxq.writers.gguf_target import GgufTarget
 from mlxq.writers.manifest import manifest_json
 from mlxq.writers.output_file import OutputFile
@@ -77,7 +77,7 @@ def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage:
             digests = weights.write(stage.stage)
-            notes = target.notes()
+            notes = [*target.notes(), *metadata_notes(checkpoint)]
             if request.exact:
                 _refuse_changed(target.errors.relative_rmse, names)
             verification = job.prove(parameters, stage.staged, plan)

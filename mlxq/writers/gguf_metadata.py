@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
 from typing import Any
 
 from mlxq.checkpoint.base import Checkpoint
@@ -13,12 +11,11 @@ from mlxq.errors import CheckpointError
 from mlxq.plan.gguf_mixes import FILE_TYPES
 from mlxq.plan.planner import Plan
 from mlxq.writers.gguf import TypedMetadata
-from mlxq.writers.gguf_general import general_metadata
+from mlxq.writers.gguf_general import general_metadata, licence_text
 from mlxq.writers.gguf_hyperparameters import hyperparameters
 from mlxq.writers.gguf_tokenizer import passthrough, tokenizer_metadata
 from mlxq.writers.modelfile import modelfile, ollama_parameters
-
-_LICENCE = re.compile(r"(?i)licen[cs]e|copying")
+from mlxq.writers.tokenizer_differences import tokenizer_differences
 
 
 def file_metadata(
@@ -45,7 +42,7 @@ def file_metadata(
         architecture=arch.name,
         file_type=file_type_number(plan),
         generation_config=checkpoint.generation_config,
-        licence_files={n: f for n, f in files.items() if _LICENCE.match(n)},
+        licence_files=files,
         readme=readme if readme.is_file() else None,
         parameters=_parameters(plan),
         previous=previous,
@@ -62,6 +59,13 @@ def _tokenizer(checkpoint: Checkpoint, previous: dict[str, Any] | None, pre: str
         raise CheckpointError(f"{checkpoint.path}: config.json lacks vocab_size")
     files = checkpoint.companion_files()
     return tokenizer_metadata(files, checkpoint.config, checkpoint.generation_config, vocab_size=vocab_size, pre=pre)
+
+
+def metadata_notes(checkpoint: Checkpoint) -> list[str]:
+    """Where llama.cpp will give other token ids than the source's tokenizer, a line each."""
+    if isinstance(checkpoint, GgufCheckpoint):
+        return []
+    return tokenizer_differences(checkpoint.companion_files(), checkpoint.config.get("vocab_size"))
 
 
 def _parameters(plan: Plan) -> tuple[int, int, int]:
@@ -82,9 +86,6 @@ def ollama_modelfile(gguf_name: str, metadata: TypedMetadata, checkpoint: Checkp
         number = value(f"ggml.{name}_token_id")
         return tokens[number] if number is not None else ""
 
-    licence = next((f for n, f in checkpoint.companion_files().items() if _LICENCE.match(n)), None)
-    if isinstance(licence, Path):
-        licence = licence.read_bytes()
     return modelfile(
         gguf_name,
         value("chat_template"),
@@ -92,7 +93,7 @@ def ollama_modelfile(gguf_name: str, metadata: TypedMetadata, checkpoint: Checkp
         ollama_parameters(checkpoint.generation_config),
         bos=text("bos") if value("ggml.add_bos_token") else "",
         eos=text("eos"),
-        licence=licence.decode("utf-8", "replace") if licence else None,
+        licence=licence_text(checkpoint.companion_files()),
     )
 
 
