@@ -1,9 +1,11 @@
 """Fuzzing of GGUF heads: whatever the bytes, a file opens or it is refused in one line, soon, and in little memory."""
 
 import struct
+import tempfile
 import time
 import tracemalloc
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from mlxq.calibration.imatrix import ImportanceMatrix, Sums
 from mlxq.checkpoint.gguf import GgufCheckpoint
 from mlxq.checkpoint.gguf_file import GgufFile
+from mlxq.checkpoint.gguf_header import Header
 from mlxq.checkpoint.gguf_split import open_gguf
 from mlxq.errors import MlxqError
 
@@ -105,9 +108,6 @@ def damaged(good: bytes, edits) -> bytes:
 @cache
 def whole_model(vocabulary: bool) -> tuple[bytes, int]:
     """A model that opens and the size of its head; with a vocabulary, most of the head is that."""
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "m.gguf"
         configure = add_byte_tokenizer if vocabulary else None
@@ -188,6 +188,80 @@ directory = st.builds(
     st.integers(0, 42) | numbers32,
     st.sampled_from([0, 32, 64, 1 << 20]) | numbers64,
 )
+
+
+@cache
+def parts_of_model() -> tuple[dict[str, bytes], bytes, bytes, bytes]:
+    """A model with a vocabulary in parts: metadata entries by key, the count of tensors and their directory, data."""
+    good, head = whole_model(True)
+    header = Header(Path("m.gguf"), len(good), lambda at, n: np.frombuffer(good[at : at + n], np.uint8))
+    header.take(8, "magic and version")
+    n_tensors, n_entries = header.u64("tensors"), header.u64("entries")
+    entries = {}
+    for _ in range(n_entries):
+        start = header.position
+        key = header.string("key")
+        header.value(key)
+        entries[key] = good[start : header.position]
+    start = header.position
+    for _ in range(n_tensors):
+        header.string("name")
+        header.take(8 * header.u32("dimensions") + 4 + 8, "shape, type and offset")
+    return entries, u64(n_tensors), good[start : header.position], good[head:]
+
+
+def typed(kind: int, data: bytes) -> bytes:
+    return u32(kind) + data
+
+
+def array(kind: int, items: list[bytes]) -> bytes:
+    return typed(9, u32(kind) + u64(len(items)) + b"".join(items))
+
+
+floats = st.floats(width=32).map(lambda x: struct.pack("<f", x))
+#: Values as a writer makes them, of every type, that need not be what the key is for.
+sound_values = (
+    numbers32.map(lambda n: typed(4, u32(n)))
+    | numbers64.map(lambda n: typed(10, u64(n)))
+    | st.integers(-3, 3).map(lambda n: typed(5, struct.pack("<i", n)))
+    | floats.map(lambda b: typed(6, b))
+    | st.sampled_from([b"\0", b"\1"]).map(lambda b: typed(7, b))
+    | st.text(max_size=12).map(lambda t: typed(8, string(t.encode("utf-8", "replace"))))
+    | st.sampled_from("a\n").map(lambda c: typed(8, string(c * 9999)))
+    | st.lists(numbers32.map(u32), max_size=3).map(lambda a: array(4, a))
+    | st.integers(259, 263).map(lambda n: array(5, [u32(1)] * n))
+    | st.integers(-2, 9).map(lambda k: array(5, [struct.pack("<i", k)] * 261))
+    | st.lists(floats, max_size=3).map(lambda a: array(6, a))
+    | floats.map(lambda b: array(6, [b] * 261))
+    | st.lists(st.text(max_size=3).map(lambda t: string(t.encode("utf-8", "replace"))), max_size=3).map(
+        lambda a: array(8, a)
+    )
+    | st.sampled_from("a\n").map(lambda c: array(8, [string(c * 9999)] * 261))
+    | st.text(max_size=3).map(lambda t: array(8, [string(f"{t}{i}".encode("utf-8", "replace")) for i in range(261)]))
+)
+NAMES = ["llama", "t5", "gpt2", "bert", "none", "linear", "yarn", "longrope", "phi3", "gemma3", "mamba"]
+sound_values |= st.sampled_from(NAMES).map(lambda t: typed(8, string(t)))
+MORE_KEYS = [f"tokenizer.ggml.{n}" for n in ("scores", "add_bos_token", "eot_token_id", "precompiled_charsmap", "pre")]
+MORE_KEYS += ["tokenizer.chat_template", "llama.rope.scaling.type", "llama.rope.scaling.factor", "llama.expert_count"]
+MORE_KEYS += ["llama.attention.key_length", "llama.attention.sliding_window", "general.name", "llama.vocab_size"]
+
+
+def test_metadata_of_any_type(tmp_path):
+    """A sound container: what is refused is refused by those who use the values."""
+    good, n_tensors, directory, data = parts_of_model()
+    refused = []
+
+    @fuzz
+    @given(st.dictionaries(st.sampled_from([*good, *MORE_KEYS]), st.none() | sound_values, min_size=1, max_size=3))
+    def run(changes):
+        entries = good | {k: v if v is None else string(k) + v for k, v in changes.items()}
+        present = [e for e in entries.values() if e is not None]
+        head = b"GGUF" + u32(3) + n_tensors + u64(len(present)) + b"".join(present) + directory
+        content = head + bytes(-len(head) % 32) + data
+        refused.append(attempt(tmp_path / "m.gguf", read_checkpoint, content, 32 << 20))
+
+    run()
+    assert {True, False} <= set(refused)
 
 
 def test_heads_made_of_well_formed_nonsense(tmp_path):
