@@ -209,3 +209,14 @@ def test_q2_k_s_needs_an_importance_matrix():
     with pytest.raises(PlanError, match="needs an importance matrix"):
         gguf_types(shapes, "Q2_K_S", model)
     gguf_types(shapes, "Q2_K_S", model, has_imatrix=True)
+
+
+def test_a_published_file_has_these_types(smollm2_gguf):
+    """SmolLM2's rows of 576 and 1536: fallbacks beside whole super-blocks, as llama.cpp's quantizer left them."""
+    from mlxq.checkpoint.gguf_file import GgufFile
+
+    file = GgufFile(smollm2_gguf)
+    keys = ("block_count", "attention.head_count", "attention.head_count_kv")
+    model = GgufModel("llama", *(file.metadata[f"llama.{key}"] for key in keys))
+    plans = gguf_types([(t.name, t.shape) for t in file.tensors.values()], "Q4_1", model)
+    assert {p.name: p.type_name for p in plans} == {t.name: t.type_name for t in file.tensors.values()}
