@@ -14,7 +14,7 @@ class PlanError(MlxqError):
 
 
 class FormatError(MlxqError):
-    """An encoding was used outside its rules (bits, group size, shapes, dtypes of its parts)."""
+    """An encoding was used outside its rules (bits, group size, shapes, dtypes of its parts), or a file breaks them."""
 
 
 class BackendError(MlxqError):

@@ -36,6 +36,7 @@ def open_checkpoint(
 
     Raises:
         CheckpointError: no such source, or one that cannot be read; the message says why.
+        FormatError: a GGUF file that breaks the format's rules.
     """
     path = resolve(source, revision, progress, accept)
     if path.is_dir():
@@ -47,6 +48,9 @@ def open_checkpoint(
 
 def _open_directory(path: Path) -> Checkpoint:
     """As MLX quantized it when config.json has `quantization`, else as Hugging Face keeps it."""
+    files = sorted(p.name for p in path.glob("*.gguf"))
+    if files and not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: a directory of GGUF files; name one of them, such as {path / files[0]}")
     quantized = read_config(path).get("quantization") is not None
     return MlxCheckpoint(path) if quantized else HuggingFaceCheckpoint(path)
 

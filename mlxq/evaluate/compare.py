@@ -220,7 +220,7 @@ def _compare(
     if "tensors" in parts:
         found["tensors"] = tuple(compare_tensors(*maps, progress, cancel))
     if logits:
-        found["divergence"] = verify(maps[0], b.path, progress=progress, cancel=cancel)
+        found["divergence"] = verify(maps[0], b.path, always_run=True, progress=progress, cancel=cancel)
     return found | {"notes": tuple(notes)}
 
 

@@ -10,6 +10,11 @@ from mlxq.evaluate.verify import VerificationResult
 
 def render(result: VerificationResult) -> str:
     """What the proof measured, with the yardstick beside each number."""
+    if result.n_identical:
+        return (
+            f"Proof: each of {result.n_identical:,} weights is the source's own number, so both models are one"
+            f" ({'passed' if result.passed else 'FAILED'}, {result.seconds:.1f} s)"
+        )
     error = f" ± {result.kl_se:.2g}" if result.kl_se is not None else ""
     bounded = math.isfinite(result.kl_bound)
     limit = f"at most {result.kl_bound:.2g} is accepted" if bounded else "without bound"

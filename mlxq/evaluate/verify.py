@@ -23,12 +23,13 @@ from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError
 from mlxq.evaluate.bounds import better_than_chance, kl_bound, suspicious_kl
+from mlxq.evaluate.compare_tensors import compare_tensors
 from mlxq.evaluate.divergence import Accumulator, Divergence, score_tokens
 from mlxq.evaluate.inspect import bits_per_weight
 from mlxq.evaluate.tensors import TensorError, not_finite, same_format, tensor_errors
 from mlxq.evaluate.texts import MAX_TOKENS, token_sequences
 from mlxq.evaluate.verdict import NAMED, config_difference, failure, remarks
-from mlxq.types import CancelToken, Progress, ProgressCallback
+from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, TensorInfo
 
 #: Logits of one model that are computed at a time (32 MB in float32), but at least so many rows: the head is decoded
 #: once for each chunk.
@@ -54,6 +55,8 @@ class VerificationResult:
         bpw: bits per weight of the result.
         worst_tensors: when it failed, the tensors furthest beyond what their bits explain, the worst first.
         notes: what was done otherwise than described (a model that had to be in memory as a whole).
+        n_identical: weights, where every one was found to be the source's own number; then nothing was run, `kl` is 0
+            and the perplexities are NaN.
         seconds, peak_memory: wall time, and the process's largest memory so far in bytes.
     """
 
@@ -70,6 +73,7 @@ class VerificationResult:
     bpw: float
     worst_tensors: tuple[TensorError, ...] = ()
     notes: tuple[str, ...] = ()
+    n_identical: int = 0
     seconds: float = field(default=0.0, compare=False)
     peak_memory: int = field(default=0, compare=False)
 
@@ -87,6 +91,7 @@ class VerificationResult:
             "tokens": self.n_tokens,
             "sequences": self.n_sequences,
             "bpw": _rounded(self.bpw),
+            "identical_weights": self.n_identical,
             "worst_tensors": [t.to_dict() for t in self.worst_tensors],
             "notes": list(self.notes),
         }
@@ -97,10 +102,14 @@ def verify(
     result_path: str | Path,
     *,
     bpw: float | None = None,
+    always_run: bool = False,
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
 ) -> VerificationResult:
-    """Compare a converted directory with the model it was made from.
+    """Compare a converted directory or file with the model it was made from.
+
+    Where the formats allow that every weight is the source's own number, the weights are compared first, and only if
+    one is not, or `always_run` asks for it, both models are run.
 
     Args:
         source: where the conversion started; its tokenizer reads the text.
@@ -127,6 +136,9 @@ def verify(
         tensors = list(result.tensors.values())
         if bpw is None:
             bpw = bits_per_weight(tensors) or 0.0
+        difference = _config_difference(parameters.checkpoint, checkpoint)
+        if not (difference or always_run) and _is_identical(parameters, result, progress, cancel):
+            return _identical(result, bpw, time.perf_counter() - began)
         divergence, notes = _Comparison(parameters, result, sequences, progress, cancel).run()
         exact = {t.name for t in tensors if same_format(parameters.tensors.get(t.name), t)}
         # A comparison with NaN is false, so this holds for a divergence that is not finite too. A tensor may be broken
@@ -136,7 +148,6 @@ def verify(
         vocabulary = _vocabulary(parameters.checkpoint)
         predicts = better_than_chance(divergence.nll_source, vocabulary)
         bound = kl_bound(tensors, exact, predicts=predicts)
-        difference = _config_difference(parameters.checkpoint, checkpoint)
         reason = failure(difference, divergence, bound, bpw, errors)
         notes += remarks(divergence, bound, suspicious, predicts, vocabulary)
     return VerificationResult(
@@ -154,6 +165,44 @@ def verify(
         worst_tensors=tuple(errors[:NAMED]) if reason else (),
         notes=notes,
         seconds=time.perf_counter() - began,
+        peak_memory=peak_memory(),
+    )
+
+
+def _is_identical(
+    source: ParameterMap, result: ParameterMap, progress: ProgressCallback | None, cancel: CancelToken | None
+) -> bool:
+    """Whether every weight of the result is the same number as in the source; not tried where it cannot be."""
+    if source.tensors.keys() != result.tensors.keys():
+        return False
+    pairs = [(info, result.tensors[name]) for name, info in source.tensors.items()]
+    if not all(a.spec == b.spec if a.spec else b.spec is None and _both_or_no_floats(a, b) for a, b in pairs):
+        return False
+    same = all(c.status in ("identical", "equal") for c in compare_tensors(source, result, progress, cancel))
+    return same and not not_finite(result, cancel)
+
+
+def _both_or_no_floats(a: TensorInfo, b: TensorInfo) -> bool:
+    return a.dtype == b.dtype or (a.dtype in FLOAT_BYTES and b.dtype in FLOAT_BYTES)
+
+
+def _identical(result: ParameterMap, bpw: float, seconds: float) -> VerificationResult:
+    from mlxq.runtime.memory import peak_memory
+
+    return VerificationResult(
+        passed=True,
+        failure="",
+        kl=0.0,
+        kl_se=0.0,
+        kl_bound=0.0,
+        agreement=1.0,
+        perplexity_source=math.nan,
+        perplexity_result=math.nan,
+        n_tokens=0,
+        n_sequences=0,
+        bpw=bpw,
+        n_identical=sum(info.size for info in result.tensors.values()),
+        seconds=seconds,
         peak_memory=peak_memory(),
     )
 

@@ -22,7 +22,7 @@ from mlxq.writers.measured import MeasuredErrors
 from mlxq.writers.safetensors import Entry, SafetensorsWriter
 from mlxq.writers.stream import CHUNK_WEIGHTS
 
-_QUANTIZERS = {"rtn": rtn.quantize, "portable": portable.quantize}
+_QUANTIZERS = {"rtn": rtn, "portable": portable}
 
 
 class MlxTarget:
@@ -67,7 +67,7 @@ class MlxTarget:
         for start in range(0, len(matrix), step):
             check()
             part = matrix[start : start + step]
-            q = _QUANTIZERS[plan.method](part, plan.spec, plan.dtype)
+            q = _QUANTIZERS[plan.method].quantize(part, plan.spec, plan.dtype)
             if plan.action == "requantize":
                 self._measure(plan, floats.to_float32(part, floats.dtype_of(part)), crossings.dequantize(q))
             yield _arrays(q)

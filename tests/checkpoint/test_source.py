@@ -434,3 +434,10 @@ def test_the_process_is_left_as_it_was(fake_hub, monkeypatch):
 
 def test_config_is_what_the_builders_say(tmp_path):
     assert open_checkpoint(write_model(tmp_path / "m")).config == CONFIG
+
+
+def test_a_directory_of_gguf_files_says_to_name_one(tmp_path):
+    (tmp_path / "b.gguf").write_bytes(b"GGUF")
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"name one of them, such as .*a\.gguf"):
+        open_checkpoint(tmp_path)

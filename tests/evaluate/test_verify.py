@@ -61,7 +61,7 @@ def stored(directory: Path, name: str) -> mx.array:
 
 def run(source: Path, result: Path, **options: object) -> VerificationResult:
     with open_checkpoint(source) as checkpoint:
-        return verify(checkpoint, result, **options)
+        return verify(checkpoint, result, **{"always_run": True} | options)
 
 
 def expect_broken(outcome: VerificationResult, name: str) -> None:
@@ -98,6 +98,20 @@ def test_the_same_model_diverges_by_exactly_nothing(source: Path) -> None:
     assert (outcome.kl, outcome.kl_se, outcome.agreement) == (0.0, 0.0, 1.0)
     assert outcome.perplexity_source == outcome.perplexity_result
     assert outcome.bpw == 16
+
+
+def test_where_every_weight_is_the_sources_nothing_has_to_run(source: Path, tmp_path: Path) -> None:
+    quantized = converted(source, tmp_path / "quantized", 4)
+    outcome = convert(quantized, tmp_path / "again").verification
+    assert (outcome.passed, outcome.kl, outcome.n_tokens) == (True, 0.0, 0)
+    assert outcome.n_identical == sum(math.prod(s) for s in tiny.llama_shapes(tiny.LLAMA).values())
+    assert "own number" in render(outcome)
+    # Other codes in the same format, and other floats, are run.
+    scales = stored(tmp_path / "again", "model.layers.1.mlp.up_proj.scales")
+    change(tmp_path / "again", model__layers__1__mlp__up_proj__scales=scales * 1.01)
+    outcome = run(quantized, tmp_path / "again", always_run=False)
+    assert outcome.n_identical == 0
+    assert outcome.kl > 0
 
 
 def test_codes_taken_over_from_the_source_diverge_by_nothing(source: Path, tmp_path: Path) -> None:
