@@ -1,0 +1,80 @@
+// What every kernel here stands on: vector loads, runs of packed words, reductions.
+//
+// The headers are plain Metal. mlxq/ops/metal_source.py joins the ones a kernel needs, in the order of their
+// includes, and mlx compiles the text at run time behind its own prelude (which defines bfloat16_t, float16_t).
+// Rules of these files: an address space on every pointer, float accumulators, 64-bit offsets for whole matrices,
+// shapes and widths as template constants so that loops unroll.
+#pragma once
+#include <metal_stdlib>
+
+using namespace metal;
+
+#define MLXQ_FUNC inline __attribute__((always_inline))
+#define MLXQ_UNROLL _Pragma("clang loop unroll(full)")
+
+constant constexpr int SIMD_LANES = 32;
+
+/// Four values that start at a multiple of four, widened to float: one load.
+template <typename T>
+MLXQ_FUNC float4 load4(const device T* p) {
+  return float4(*(const device vec<T, 4>*)p);
+}
+
+/// `n` values, `n` a multiple of four and `p` aligned to four values, widened to float.
+template <int n, typename T>
+MLXQ_FUNC void load_floats(const device T* p, thread float* out) {
+  MLXQ_UNROLL
+  for (int i = 0; i < n; i += 4) {
+    const float4 v = load4(p + i);
+    out[i] = v.x;
+    out[i + 1] = v.y;
+    out[i + 2] = v.z;
+    out[i + 3] = v.w;
+  }
+}
+
+/// `n` consecutive words in as few loads as the alignment allows: `p` lies at a multiple of 4 * (n & -n) bytes, of
+/// 16 at most.
+template <int n>
+MLXQ_FUNC void load_words(const device uint* p, thread uint* w) {
+  if constexpr (n % 4 == 0) {
+    MLXQ_UNROLL
+    for (int i = 0; i < n; i += 4) {
+      const uint4 v = *(const device uint4*)(p + i);
+      w[i] = v.x;
+      w[i + 1] = v.y;
+      w[i + 2] = v.z;
+      w[i + 3] = v.w;
+    }
+  } else if constexpr (n % 2 == 0) {
+    MLXQ_UNROLL
+    for (int i = 0; i < n; i += 2) {
+      const uint2 v = *(const device uint2*)(p + i);
+      w[i] = v.x;
+      w[i + 1] = v.y;
+    }
+  } else if constexpr (n == 3) {
+    const uint3 v = uint3(*(const device packed_uint3*)p);
+    w[0] = v.x;
+    w[1] = v.y;
+    w[2] = v.z;
+  } else {
+    MLXQ_UNROLL
+    for (int i = 0; i < n; i++) {
+      w[i] = p[i];
+    }
+  }
+}
+
+/// Sum over each aligned run of `width` lanes (a power of two), in all of its lanes.
+template <int width>
+MLXQ_FUNC float sum_over(float value) {
+  if constexpr (width == SIMD_LANES) {
+    return simd_sum(value);
+  }
+  MLXQ_UNROLL
+  for (int step = width / 2; step > 0; step /= 2) {
+    value += simd_shuffle_xor(value, ushort(step));
+  }
+  return value;
+}
