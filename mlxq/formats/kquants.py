@@ -43,7 +43,7 @@ _CHUNK = 1 << 8
 
 
 @dataclass(frozen=True)
-class _Plane:
+class Plane:
     """`n_bytes` at byte `at` of the block that hold `bits` bits of each code, from its bit `shift` on."""
 
     at: int
@@ -54,21 +54,21 @@ class _Plane:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Byte offsets of a block's fields, and where the bits of its codes lie."""
 
     d: int
     scales: int
-    planes: tuple[_Plane, ...]
+    planes: tuple[Plane, ...]
     dmin: int | None = None
 
 
-_LAYOUTS = {
-    "Q2_K": _Layout(80, 0, (_Plane(16, 64, 2, 0, 32),), dmin=82),
-    "Q3_K": _Layout(108, 96, (_Plane(32, 64, 2, 0, 32), _Plane(0, 32, 1, 2, 32))),
-    "Q4_K": _Layout(0, 4, (_Plane(16, 128, 4, 0, 32),), dmin=2),
-    "Q5_K": _Layout(0, 4, (_Plane(48, 128, 4, 0, 32), _Plane(16, 32, 1, 4, 32)), dmin=2),
-    "Q6_K": _Layout(208, 192, (_Plane(0, 128, 4, 0, 64), _Plane(128, 64, 2, 4, 32))),
+LAYOUTS = {
+    "Q2_K": Layout(80, 0, (Plane(16, 64, 2, 0, 32),), dmin=82),
+    "Q3_K": Layout(108, 96, (Plane(32, 64, 2, 0, 32), Plane(0, 32, 1, 2, 32))),
+    "Q4_K": Layout(0, 4, (Plane(16, 128, 4, 0, 32),), dmin=2),
+    "Q5_K": Layout(0, 4, (Plane(48, 128, 4, 0, 32), Plane(16, 32, 1, 4, 32)), dmin=2),
+    "Q6_K": Layout(208, 192, (Plane(0, 128, 4, 0, 64), Plane(128, 64, 2, 4, 32))),
 }
 
 
@@ -83,7 +83,7 @@ def unpack(blocks: np.ndarray, name: str) -> SuperBlocks:
         FormatError: another type, or blocks of another dtype or size.
     """
     _check(blocks, name)
-    layout = _LAYOUTS[name]
+    layout = LAYOUTS[name]
     codes = np.empty((len(blocks), SUPER_BLOCK), np.uint8)
     for part in _chunks(len(blocks)):
         _unpack_codes(blocks[part], layout, codes[part])
@@ -106,7 +106,7 @@ def pack(parts: SuperBlocks, name: str) -> np.ndarray:
         FormatError: another type; parts of other shapes or dtypes, missing, or beyond their ranges.
     """
     _check_parts(parts, name)
-    layout = _LAYOUTS[name]
+    layout = LAYOUTS[name]
     blocks = np.empty((len(parts.d), block_format(name).type_size), np.uint8)
     for part in _chunks(len(blocks)):
         _pack_codes(parts.codes[part], layout, blocks[part])
@@ -135,7 +135,7 @@ def dequantize(blocks: np.ndarray, name: str, out: np.ndarray | None = None) -> 
         FormatError: another type, or blocks of another dtype or size.
     """
     _check(blocks, name)
-    geometry, layout = K_TYPES[name], _LAYOUTS[name]
+    geometry, layout = K_TYPES[name], LAYOUTS[name]
     if out is None:
         out = np.empty((len(blocks), SUPER_BLOCK), np.float32)
     room = np.empty((min(_CHUNK, len(blocks)), SUPER_BLOCK), np.uint8)
@@ -146,13 +146,25 @@ def dequantize(blocks: np.ndarray, name: str, out: np.ndarray | None = None) -> 
         codes -= np.uint8(geometry.offset)
         # As signed bytes the codes count from the one that stands for 0.
         np.copyto(w, codes.view(np.int8))
-        scales, mins = _unpack_scales(b, name)
+        steps, offsets = scales(b, name)
         groups = w.reshape(len(b), geometry.n_sub_blocks, geometry.sub_block)
         with np.errstate(invalid="ignore"):
-            groups *= products(_float16(b, layout.d), scales)[:, :, None]
-            if mins is not None:
-                groups -= products(_float16(b, layout.dmin), mins)[:, :, None]
+            groups *= steps[:, :, None]
+            if offsets is not None:
+                groups -= offsets[:, :, None]
     return out
+
+
+def scales(blocks: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Scales and mins of the sub-blocks of blocks uint8 `[n, type_size]`, float32 `[n, n_sub_blocks]`: `w = scale * q -
+    min` with q counted from the code that stands for 0. Exact; mins are None where the type has none."""
+    layout = LAYOUTS[name]
+    steps, mins = _unpack_scales(blocks, name)
+    with np.errstate(invalid="ignore"):
+        return (
+            products(_float16(blocks, layout.d), steps),
+            None if mins is None else products(_float16(blocks, layout.dmin), mins),
+        )
 
 
 def products(d: np.ndarray, scales: np.ndarray) -> np.ndarray:
@@ -170,7 +182,7 @@ def _float16(blocks: np.ndarray, at: int) -> np.ndarray:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2").reshape(-1)
 
 
-def _unpack_codes(blocks: np.ndarray, layout: _Layout, out: np.ndarray) -> None:
+def _unpack_codes(blocks: np.ndarray, layout: Layout, out: np.ndarray) -> None:
     """Codes of a few blocks into uint8 `[n, 256]`.
 
     Bits are moved over whole planes, and lanes then copied as one item each: loops over short rows would cost more.
@@ -188,7 +200,7 @@ def _unpack_codes(blocks: np.ndarray, layout: _Layout, out: np.ndarray) -> None:
             out |= target
 
 
-def _pack_codes(codes: np.ndarray, layout: _Layout, blocks: np.ndarray) -> None:
+def _pack_codes(codes: np.ndarray, layout: Layout, blocks: np.ndarray) -> None:
     codes = np.ascontiguousarray(codes)
     for plane in layout.planes:
         lanes = _lanes(codes, plane)
@@ -202,7 +214,7 @@ def _pack_codes(codes: np.ndarray, layout: _Layout, blocks: np.ndarray) -> None:
         blocks[:, plane.at : plane.at + plane.n_bytes] = packed
 
 
-def _lanes(codes: np.ndarray, plane: _Plane) -> np.ndarray:
+def _lanes(codes: np.ndarray, plane: Plane) -> np.ndarray:
     """Codes `[n, 256]` as `[n, lanes of bytes, lanes of codes in each]`, every item `lane` bytes."""
     return codes.view(f"V{plane.lane}").reshape(len(codes), -1, 8 // plane.bits)
 
@@ -228,7 +240,7 @@ def _joined(words: list[np.ndarray]) -> np.ndarray:
 
 
 def _unpack_scales(blocks: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    at = _LAYOUTS[name].scales
+    at = LAYOUTS[name].scales
     if name == "Q2_K":
         both = np.ascontiguousarray(blocks[:, at : at + 16])
         return both & np.uint8(0x0F), both >> np.uint8(4)
@@ -246,7 +258,7 @@ def _unpack_scales(blocks: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarra
 
 
 def _pack_scales(parts: SuperBlocks, name: str, blocks: np.ndarray) -> None:
-    at = _LAYOUTS[name].scales
+    at = LAYOUTS[name].scales
     scales = np.ascontiguousarray(parts.scales).view(np.uint8)
     if name == "Q2_K":
         blocks[:, at : at + 16] = scales | parts.mins << np.uint8(4)

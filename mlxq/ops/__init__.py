@@ -22,7 +22,17 @@ from mlxq.ops import validation
 from mlxq.ops.arrays import Kind, describe, import_mlx, indices_to_kind, to_kind
 from mlxq.ops.dispatch import Call, choose, device_of
 
-__all__ = ["dequantize", "gather_matmul", "gather_quantized_matmul", "matmul", "quantize", "quantized_matmul"]
+__all__ = [
+    "block_dequantize",
+    "block_matmul",
+    "dequantize",
+    "gather_block_matmul",
+    "gather_matmul",
+    "gather_quantized_matmul",
+    "matmul",
+    "quantize",
+    "quantized_matmul",
+]
 
 
 @public
@@ -173,6 +183,61 @@ def gather_matmul(x: Any, w: Any, rhs_indices: Any, *, sorted_indices: bool = Fa
     run, kind = _backend(op, own, validation.gather_matmul(*described), backend)
     indices = indices_to_kind(rhs_indices, kind)
     return to_kind(run.gather_matmul(to_kind(x, kind), to_kind(w, kind), indices, sorted_indices), own)
+
+
+def block_dequantize(blocks: Any, *, type_name: str, dtype: str = "F32", backend: str | None = None) -> Any:
+    """Weights of rows of ggml blocks, as `formats.ggml.dequantize` computes them.
+
+    Args:
+        blocks: uint8 `[..., row_bytes]`, whole blocks.
+        type_name: their ggml type, such as `Q6_K`.
+        dtype: `F32`, `F16` or `BF16`, what the result is converted to.
+
+    Returns:
+        `[..., K]`.
+    """
+    op = "block_dequantize"
+    described = describe(op, "blocks", blocks)
+    validation.block_dequantize(described, type_name, dtype)
+    run, kind = _backend(op, described.kind, 0, backend)
+    return to_kind(run.block_dequantize(to_kind(blocks, kind), type_name, dtype), described.kind)
+
+
+def block_matmul(x: Any, blocks: Any, *, type_name: str, backend: str | None = None) -> Any:
+    """`x @ w.T` with weights that stay in their ggml blocks.
+
+    Args:
+        x: float `[..., K]`.
+        blocks: uint8 `[N, row_bytes]`, rows of whole blocks.
+        type_name: their ggml type, such as `Q6_K`.
+
+    Returns:
+        `[..., N]`, in the dtype of x.
+    """
+    op = "block_matmul"
+    described = describe(op, "x", x)
+    rows = validation.block_matmul(described, describe(op, "blocks", blocks), type_name)
+    run, kind = _backend(op, described.kind, rows, backend)
+    return to_kind(run.block_matmul(to_kind(x, kind), to_kind(blocks, kind), type_name), described.kind)
+
+
+def gather_block_matmul(
+    x: Any,
+    blocks: Any,
+    rhs_indices: Any,
+    *,
+    type_name: str,
+    sorted_indices: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """`block_matmul` with chosen matrices of a stack `blocks` `[experts, N, row_bytes]`; the rest as in
+    `gather_quantized_matmul`."""
+    op = "gather_block_matmul"
+    described = [describe(op, name, a) for name, a in (("x", x), ("blocks", blocks), ("rhs_indices", rhs_indices))]
+    own = described[0].kind
+    run, kind = _backend(op, own, validation.gather_block_matmul(*described, type_name), backend)
+    arrays = to_kind(x, kind), to_kind(blocks, kind), indices_to_kind(rhs_indices, kind)
+    return to_kind(run.gather_block_matmul(*arrays, type_name, sorted_indices), own)
 
 
 def _backend(op: str, own: Kind, rows: int, backend: str | None) -> tuple[ModuleType, Kind]:

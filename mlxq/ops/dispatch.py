@@ -21,6 +21,7 @@ ENVIRONMENT_VARIABLE = "MLXQ_BACKEND"
 
 _HOST = ("host", "host, mlx loaded")
 _PRODUCTS = ("quantized_matmul", "gather_quantized_matmul", "matmul", "gather_matmul")
+_BLOCKS = ("block_dequantize", "block_matmul", "gather_block_matmul")
 
 
 class Call(NamedTuple):
@@ -64,6 +65,11 @@ _TABLE: tuple[_Row, ...] = (
         devices=("host, mlx loaded",),
     ),
     _Row("numpy", "NumPy arrays: no copy, and no mlx needed", devices=_HOST),
+    _Row(
+        "numpy",
+        "mlx has no kernel for ggml blocks on any device, and would multiply decoded float weights",
+        ops=_BLOCKS,
+    ),
     _Row("mlx", "mlx has tuned Metal kernels for all of these", devices=("gpu",)),
     _Row("mlx", "same bits as NumPy on the CPU, and the graph stays lazy", ops=("quantize", "dequantize")),
     _Row(

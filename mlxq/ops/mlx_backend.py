@@ -14,6 +14,7 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
+from mlxq.formats import ggml
 from mlxq.ops.arrays import mlx_dtype
 
 #: Weights that are worth a stream of their own: half a millisecond or so of work.
@@ -106,6 +107,22 @@ def gather_matmul(x: mx.array, w: mx.array, rhs_indices: mx.array, sorted_indice
         x, w = x.astype(mx.float32), w.astype(mx.float32)
     y = mx.gather_mm(x, w.swapaxes(-1, -2), rhs_indices=rhs_indices, sorted_indices=sorted_indices)
     return y.astype(dtype)
+
+
+def block_dequantize(blocks: mx.array, type_name: str, dtype: str) -> mx.array:
+    # mlx knows nothing of ggml blocks: NumPy decodes them.
+    return mx.array(ggml.dequantize(np.asarray(blocks), type_name)).astype(mlx_dtype(dtype))
+
+
+def block_matmul(x: mx.array, blocks: mx.array, type_name: str) -> mx.array:
+    return matmul(x.astype(mx.float32), block_dequantize(blocks, type_name, "F32")).astype(x.dtype)
+
+
+def gather_block_matmul(
+    x: mx.array, blocks: mx.array, rhs_indices: mx.array, type_name: str, sorted_indices: bool
+) -> mx.array:
+    w = block_dequantize(blocks, type_name, "F32")
+    return gather_matmul(x.astype(mx.float32), w, rhs_indices, sorted_indices).astype(x.dtype)
 
 
 def _split_over_streams(x: mx.array, packed: tuple[mx.array, ...], parts: int, grid: dict) -> mx.array:

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlxq.errors import FormatError
-from mlxq.formats import affine
+from mlxq.formats import affine, ggml
 from mlxq.formats.floats import dtype_of, from_float32, to_float32
 from mlxq.formats.geometry import packed_words
+from mlxq.ops import blocks as block_products
 from mlxq.ops import planes
 
 #: Weights quantized at a time, so that their float32 copy stays in the second-level cache.
@@ -99,6 +100,26 @@ def matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 def gather_matmul(x: np.ndarray, w: np.ndarray, rhs_indices: np.ndarray, sorted_indices: bool) -> np.ndarray:
     y = _gather(x, len(w), w.shape[1], rhs_indices, lambda rows, expert: _matmul(rows, w[expert]))
     return from_float32(y, promote(dtype_of(x), dtype_of(w)))
+
+
+def block_dequantize(blocks: np.ndarray, type_name: str, dtype: str) -> np.ndarray:
+    return from_float32(ggml.dequantize(blocks, type_name), dtype)
+
+
+@_quiet
+def block_matmul(x: np.ndarray, blocks: np.ndarray, type_name: str) -> np.ndarray:
+    y = block_products.matmul(_rows(x), blocks, type_name)
+    return from_float32(y, dtype_of(x)).reshape(*x.shape[:-1], y.shape[-1])
+
+
+@_quiet
+def gather_block_matmul(
+    x: np.ndarray, blocks: np.ndarray, rhs_indices: np.ndarray, type_name: str, sorted_indices: bool
+) -> np.ndarray:
+    def multiply(rows: np.ndarray, expert: int) -> np.ndarray:
+        return block_products.matmul(rows, blocks[expert], type_name)
+
+    return from_float32(_gather(x, len(blocks), blocks.shape[1], rhs_indices, multiply), dtype_of(x))
 
 
 def promote(a: str, b: str) -> str:

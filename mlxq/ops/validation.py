@@ -14,7 +14,7 @@ from math import prod
 from typing import TypeVar
 
 from mlxq.errors import FormatError
-from mlxq.formats.geometry import validate_affine, validate_width
+from mlxq.formats.geometry import block_format, validate_affine, validate_width
 from mlxq.ops.arrays import Operand
 from mlxq.types import FLOAT_BYTES
 
@@ -117,6 +117,55 @@ def gather_matmul(x: Operand, w: Operand, rhs_indices: Operand) -> int:
     _check_axes(op, "w", w, 3, "[experts, N, K]", f"; w.shape == {w.shape}")
     _check_product(op, x, w.shape[-1], params)
     return _check_experts(op, x, rhs_indices, params)
+
+
+@_cached
+def block_dequantize(blocks: Operand, type_name: str, dtype: str) -> int:
+    """Rows of whole blocks of a known ggml type; a known dtype."""
+    _check_blocks("block_dequantize", blocks, type_name)
+    if dtype not in tuple(FLOAT_BYTES):
+        raise FormatError(f"block_dequantize: dtype must be one of {', '.join(FLOAT_BYTES)}, got {dtype!r}")
+    return 0
+
+
+@_cached
+def block_matmul(x: Operand, blocks: Operand, type_name: str) -> int:
+    """One matrix of blocks `[N, row_bytes]`, and an x whose last axis is K."""
+    op, params = "block_matmul", _block_params(blocks, type_name)
+    K = _check_blocks(op, blocks, type_name)
+    _check_axes(op, "blocks", blocks, 2, "[N, row_bytes]", params)
+    return _check_product(op, x, K, params)
+
+
+@_cached
+def gather_block_matmul(x: Operand, blocks: Operand, rhs_indices: Operand, type_name: str) -> int:
+    """A stack of matrices of blocks, x `[*batch, M, K]`, and integers whose shape broadcasts with `batch`."""
+    op, params = "gather_block_matmul", _block_params(blocks, type_name)
+    K = _check_blocks(op, blocks, type_name)
+    _check_axes(op, "blocks", blocks, 3, "[experts, N, row_bytes]", params)
+    _check_product(op, x, K, params)
+    return _check_experts(op, x, rhs_indices, params)
+
+
+def _check_blocks(op: str, blocks: Operand, type_name: str) -> int:
+    """The weights in a row, K."""
+    params = _block_params(blocks, type_name)
+    if not isinstance(type_name, str):
+        raise FormatError(f"{op}: type_name must be the name of a ggml type, got {type_name!r}{params}")
+    try:
+        geometry = block_format(type_name)
+    except FormatError as error:
+        raise FormatError(f"{op}: {error}{params}") from None
+    if blocks.dtype != "uint8":
+        raise FormatError(f"{op}: blocks must be uint8 bytes, got {blocks.dtype}{params}")
+    n_blocks, rest = divmod(blocks.shape[-1] if blocks.shape else 1, geometry.type_size)
+    if rest:
+        raise FormatError(f"{op}: a row must be whole blocks of {geometry.type_size} bytes{params}")
+    return n_blocks * geometry.block_size
+
+
+def _block_params(blocks: Operand, type_name: str) -> str:
+    return f", blocks.shape == {blocks.shape}, type_name={type_name!r}"
 
 
 def _check_packed(

@@ -10,7 +10,7 @@ answer it expects. They are made without mlx's constructors: those would draw ra
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,9 +18,11 @@ from mlx.utils import tree_map_with_path
 
 from mlxq import ops
 from mlxq.architectures.registry import import_private
-from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE
+from mlxq.formats.geometry import BLOCK_FORMATS, block_format
+from mlxq.formats.superblocks import K_TYPES
+from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE, Call, choose
 from mlxq.runtime import attention
-from mlxq.types import QuantSpec, TensorInfo
+from mlxq.types import FLOAT_BYTES, QuantSpec, TensorInfo
 
 _switch = import_private("models.switch_layers")
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
@@ -142,20 +144,87 @@ class QuantizedSwitchLinear(_Quantized, _switch.QuantizedSwitchLinear):
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
 
-#: mlx's layer -> (our float layer, our quantized layer). Exact types: a subclass has behaviour of its own.
+class BlockLayer(nn.Module):
+    """What the layers share whose `weight` stays in ggml blocks, uint8 `[..., N, row_bytes]` of type `type_name`.
+
+    They are made for the CPU alone: on a GPU nothing computes with blocks (see `keeps_blocks`).
+    """
+
+    def __init__(self, layer: Any, type_name: str):
+        super().__init__()
+        self.type_name = type_name
+        *lead, width = layer.weight.shape
+        geometry = block_format(type_name)
+        # Lazy: nothing is allocated.
+        self.weight = mx.zeros((*lead, width // geometry.block_size * geometry.type_size), mx.uint8)
+        if "bias" in layer:
+            self.bias = layer.bias
+        self.freeze()
+
+
+class BlockLinear(BlockLayer):
+    """`y = x @ w.T + bias`; x `[..., in_features]`, weight `[out_features, row_bytes]`."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = ops.block_matmul(x, self["weight"], type_name=self.type_name)
+        return y + self["bias"] if "bias" in self else y
+
+
+class BlockEmbedding(BlockLayer):
+    """Rows of a matrix `[num_embeddings, row_bytes]`, decoded to float32."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return ops.block_dequantize(self["weight"][x], type_name=self.type_name)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Tied output projection: x `[..., dims]` -> `[..., num_embeddings]`."""
+        return ops.block_matmul(x, self["weight"], type_name=self.type_name)
+
+
+class BlockSwitchLinear(BlockLayer):
+    """One matrix for each expert; weight `[num_experts, out_features, row_bytes]`."""
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = ops.gather_block_matmul(x, self["weight"], indices, type_name=self.type_name, sorted_indices=sorted_indices)
+        return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
+
+
+class _Kinds(NamedTuple):
+    """Our layers in the place of one of mlx's, by how its weight is held."""
+
+    plain: type[nn.Module]
+    quantized: type[nn.Module]
+    blocks: type[BlockLayer]
+
+
+#: mlx's layer -> ours. Exact types: a subclass has behaviour of its own.
 _LAYERS = {
-    nn.Linear: (Linear, QuantizedLinear),
-    nn.Embedding: (Embedding, QuantizedEmbedding),
-    _switch.SwitchLinear: (SwitchLinear, QuantizedSwitchLinear),
+    nn.Linear: _Kinds(Linear, QuantizedLinear, BlockLinear),
+    nn.Embedding: _Kinds(Embedding, QuantizedEmbedding, BlockEmbedding),
+    _switch.SwitchLinear: _Kinds(SwitchLinear, QuantizedSwitchLinear, BlockSwitchLinear),
 }
 
 
+def keeps_blocks(info: TensorInfo) -> bool:
+    """Whether a matrix of a GGUF file stays in its ggml blocks, where a layer of ours holds it.
+
+    Those stay whose type has no affine grid, and K types, whose grid needs float32 scales: 6 bits a weight for the 4.5
+    of Q4_K. There is no kernel for blocks on a GPU, nor in mlx at all: where those compute, a type with a grid uses it,
+    and another is decoded when it is loaded.
+    """
+    if info.dtype in FLOAT_BYTES or info.dtype not in BLOCK_FORMATS or not attention.on_cpu():
+        return False
+    computed_by_us = choose(Call("block_matmul", "cpu")) == "numpy"
+    return computed_by_us and (info.spec is None or info.dtype in K_TYPES)
+
+
 def install_layers(model: nn.Module, tensors: dict[str, TensorInfo]) -> None:
-    """Replace leaf layers of `model` by ours, in place: quantized where `TensorInfo.spec` is set, float elsewhere.
+    """Replace leaf layers of `model` by ours, in place: of blocks where `keeps_blocks` says so, else quantized where
+    `TensorInfo.spec` is set, else float.
 
     Layers of a kind that only one architecture has stay mlx-lm's, quantized by their own `to_quantized`. No
     parameter is evaluated: the lazy random numbers of mlx's constructors are dropped, placeholders stand in for
-    quantized weights until `weights.load_parameters` fills them.
+    packed weights until `weights.load_parameters` fills them.
 
     Args:
         model: a whole model made by `architectures.build_model`.
@@ -179,14 +248,16 @@ def install_layers(model: nn.Module, tensors: dict[str, TensorInfo]) -> None:
 
 def _replacement(layer: nn.Module, info: TensorInfo) -> nn.Module:
     ours = _LAYERS.get(type(layer))
+    if ours is not None and keeps_blocks(info):
+        return ours.blocks(layer, info.dtype)
     if info.spec is not None:
         if ours is None:
             spec = info.spec
             return layer.to_quantized(group_size=spec.group_size, bits=spec.bits)
-        return ours[1](layer, info.spec, _FLOATS[info.scales_dtype or "F16"])
+        return ours.quantized(layer, info.spec, _FLOATS[info.scales_dtype or "F16"])
     if ours is None:
         return layer
-    new = ours[0].__new__(ours[0])
+    new = ours.plain.__new__(ours.plain)
     nn.Module.__init__(new)
     dict.update(new, layer)
     new.__dict__.update({k: v for k, v in vars(layer).items() if k not in vars(new)})

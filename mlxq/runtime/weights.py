@@ -4,8 +4,10 @@ On a GPU parameters keep their stored dtype (a GGUF's get one, see `default_comp
 float32 except big float matrices: mlx's CPU kernels are 9 times slower in bfloat16 and 40 times in float16 than in
 float32, whereas `ops.matmul` widens a stored half-precision matrix while it is in the cache.
 
-Matrices in ggml blocks that are no affine grid (Q6_K, say) are decoded. Where memory does not allow float32 they are
-rounded to float16, a relative error of 2^-12 at most, far below what the blocks lost.
+Matrices in ggml blocks that are no affine grid (Q6_K, say) stay in their blocks on the CPU (see `layers.keeps_blocks`).
+Where nothing computes with blocks, on a GPU or with `MLXQ_BACKEND=mlx`, they are decoded: on a GPU to the compute
+dtype, else to float32, or where memory does not allow that to float16, a relative error of 2^-12 at most, far below
+what the blocks lost.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from mlx.utils import tree_flatten
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.errors import CheckpointError
 from mlxq.formats.floats import all_finite
-from mlxq.runtime.layers import Embedding
+from mlxq.runtime.layers import BlockLayer, Embedding, keeps_blocks
 from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, TensorInfo
 
 #: Weights decoded at a time.
@@ -88,13 +90,18 @@ def load_parameters(
     start = f"{prefix}." if prefix else ""
     infos = [info for name, info in parameter_map.tensors.items() if name.startswith(start)]
     wanted = {start + name for name, _ in tree_flatten(module.parameters())}
+    kept = [path for path, part in module.named_modules() if isinstance(part, BlockLayer)]
+    in_blocks = {".".join(filter(None, (prefix, path, "weight"))) for path in kept}
     nbytes = 0
     for done, info in enumerate(infos, 1):
         if cancel is not None:
             cancel.check()
         keep = info.name in parameter_map.cast_protected and not is_float32(compute_dtype)
         dtype = None if keep else compute_dtype
-        arrays = _arrays(info, parameter_map, dtype, widen)
+        if info.name in in_blocks:
+            arrays = {info.name: mx.array(parameter_map.read_blocks(info.name))}
+        else:
+            arrays = _arrays(info, parameter_map, dtype, widen)
         wanted -= arrays.keys()
         mx.eval(list(arrays.values()))
         module.load_weights([(name[len(start) :], a) for name, a in arrays.items()], strict=False)
@@ -122,7 +129,8 @@ def release_parameters(module: nn.Module) -> None:
 
 def matrix_size(parameter_map: ParameterMap) -> int:
     """Number of weights in float matrices, which `widen` would store as float32."""
-    return sum(i.size for i in parameter_map.tensors.values() if i.spec is None and i.module in _MATRIX_KINDS)
+    floats = (i for i in parameter_map.tensors.values() if i.spec is None and not keeps_blocks(i))
+    return sum(i.size for i in floats if i.module in _MATRIX_KINDS)
 
 
 def _arrays(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, widen: bool) -> dict[str, mx.array]:

@@ -27,6 +27,8 @@ from mlxq.ops.dispatch import Call, choose
         (Call("quantized_matmul", "cpu", 1), "mlx"),
         (Call("gather_quantized_matmul", "cpu", 8), "numpy"),
         (Call("matmul", "cpu", 1), "numpy"),
+        (Call("block_matmul", "cpu", 1), "numpy"),
+        (Call("gather_block_matmul", "gpu", 1), "numpy"),
     ],
 )
 def test_table(monkeypatch, call, backend):
@@ -38,7 +40,7 @@ def test_table(monkeypatch, call, backend):
 def test_every_row_of_the_table_is_reached_by_some_call():
     calls = [
         Call(op, device, rows)
-        for op in ("quantize", "dequantize", "matmul", "quantized_matmul")
+        for op in ("quantize", "dequantize", "matmul", "quantized_matmul", "block_matmul")
         for device in ("host", "host, mlx loaded", "cpu", "gpu")
         for rows in (1, 512)
     ]

