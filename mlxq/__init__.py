@@ -16,8 +16,8 @@ _EXPORTS = {
     "generate": "mlxq.runtime.generate",
     "stream": "mlxq.runtime.generate",
     "inspect": "mlxq.evaluate.inspect",
-    "compare": "mlxq.evaluate.compare",
-    "Comparison": "mlxq.evaluate.compare",
+    "compare": "mlxq.evaluate.comparison.compare",
+    "Comparison": "mlxq.evaluate.comparison.compare",
     "quantize": "mlxq.ops",
     "dequantize": "mlxq.ops",
     "quantized_matmul": "mlxq.ops",
@@ -51,7 +51,7 @@ __all__ = [
 if TYPE_CHECKING:
     from mlxq.conversion import ConversionResult, convert, export
     from mlxq.errors import MlxqError
-    from mlxq.evaluate.compare import Comparison, compare
+    from mlxq.evaluate.comparison.compare import Comparison, compare
     from mlxq.evaluate.inspect import inspect
     from mlxq.ops import dequantize, quantize, quantized_matmul
     from mlxq.runtime.generate import generate, stream

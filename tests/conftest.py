@@ -9,9 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-CACHE = Path(os.environ.get("MLXQ_TEST_CACHE", ROOT / ".cache"))
+from cache import CACHE, ROOT
 
 
 def _unavailable(reason: str) -> None:

@@ -198,9 +198,9 @@ def write_gguf(
     import gguf
 
     from mlxq.architectures.parameters import ParameterMap
-    from mlxq.checkpoint.gguf_names import architecture_for, permuted_rows, to_gguf
+    from mlxq.checkpoint.gguf.names import architecture_for, permuted_rows, to_gguf
     from mlxq.checkpoint.source import open_checkpoint
-    from mlxq.writers.gguf_hyperparameters import hyperparameters, rope_tensors
+    from mlxq.writers.gguf.hyperparameters import hyperparameters, rope_tensors
 
     with open_checkpoint(directory) as checkpoint:
         config, source = checkpoint.config, ParameterMap(checkpoint)

@@ -11,7 +11,7 @@ import tiny
 from llamacpp import LlamaCpp
 
 import mlxq
-from mlxq.checkpoint.gguf_file import GgufFile
+from mlxq.checkpoint.gguf.file import GgufFile
 from mlxq.conversion import convert, export
 from mlxq.errors import Cancelled, CheckpointError, FormatError, OutputError, PlanError
 from mlxq.plan.gguf_mixes import FILE_TYPES

@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from mlxq.calibration import imatrix_old
-from mlxq.checkpoint.gguf_file import GgufFile
+from mlxq.checkpoint.gguf.file import GgufFile
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError, FormatError, OutputError, PlanError
 

@@ -41,7 +41,7 @@ def open_checkpoint(
     path = resolve(source, revision, progress, accept)
     if path.is_dir():
         return _open_directory(path)
-    from mlxq.checkpoint.gguf import GgufCheckpoint
+    from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
 
     return GgufCheckpoint(path)
 

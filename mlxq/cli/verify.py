@@ -56,7 +56,7 @@ def verify(
     """Compare two artifacts of one model (Hugging Face, MLX, GGUF): weights as numbers, token ids, chat template,
     settings. The exit status is 0 if all are the same, 1 if not."""
     from mlxq.cli.render import ProgressBars
-    from mlxq.evaluate.compare import PARTS, compare
+    from mlxq.evaluate.comparison.compare import PARTS, compare
 
     parts = list(only) if only else list(PARTS)
     if no_tokenizer:
@@ -78,7 +78,7 @@ def verify(
     else:
         from rich.console import Console
 
-        from mlxq.evaluate.compare_report import print_comparison
+        from mlxq.evaluate.comparison.report import print_comparison
 
         console = Console(highlight=False, markup=False, emoji=False)
         if not console.is_terminal:

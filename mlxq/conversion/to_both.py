@@ -54,7 +54,7 @@ def is_gguf(output: str | os.PathLike[str] | None) -> bool:
 
 
 def _compare(staged: Path, second: Job) -> None:
-    from mlxq.evaluate.compare import compare
+    from mlxq.evaluate.comparison.compare import compare
 
     comparison = compare(staged, second.path, only=("tensors",), progress=second.progress, cancel=second.cancel)
     if not comparison.passed:

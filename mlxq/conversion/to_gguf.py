@@ -10,9 +10,9 @@ from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.imatrix import ImportanceMatrix
-from mlxq.checkpoint.gguf_fields import config_name
-from mlxq.checkpoint.gguf_names import GgufArchitecture, MappedTensor, architecture_for
-from mlxq.checkpoint.gguf_names import to_gguf as gguf_name
+from mlxq.checkpoint.gguf.fields import config_name
+from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor, architecture_for
+from mlxq.checkpoint.gguf.names import to_gguf as gguf_name
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
 from mlxq.errors import CheckpointError, PlanError
@@ -22,9 +22,9 @@ from mlxq.plan.gguf_mixes import GgufModel
 from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan
 from mlxq.plan.planner import Plan
 from mlxq.types import TensorInfo
-from mlxq.writers.gguf_hyperparameters import rope_tensors
-from mlxq.writers.gguf_metadata import file_metadata, metadata_notes, ollama_modelfile
-from mlxq.writers.gguf_target import GgufTarget
+from mlxq.writers.gguf.hyperparameters import rope_tensors
+from mlxq.writers.gguf.metadata import file_metadata, metadata_notes, ollama_modelfile
+from mlxq.writers.gguf.target import GgufTarget
 from mlxq.writers.manifest import manifest_json
 from mlxq.writers.output_file import OutputFile
 from mlxq.writers.stream import WeightStream

@@ -127,7 +127,7 @@ def _open(source: str | Path, revision: str | None) -> Checkpoint:
     path = resolve(source, revision)
     if path.is_dir():
         return open_checkpoint(path)
-    from mlxq.checkpoint.gguf import GgufCheckpoint
+    from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
 
     return GgufCheckpoint(path, metadata_only=True)
 

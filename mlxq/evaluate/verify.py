@@ -23,7 +23,7 @@ from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError
 from mlxq.evaluate.bounds import better_than_chance, kl_bound, suspicious_kl
-from mlxq.evaluate.compare_tensors import compare_tensors
+from mlxq.evaluate.comparison.tensors import compare_tensors
 from mlxq.evaluate.divergence import Accumulator, Divergence, score_tokens
 from mlxq.evaluate.inspect import bits_per_weight
 from mlxq.evaluate.tensors import TensorError, not_finite, same_format, tensor_errors

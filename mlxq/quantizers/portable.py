@@ -14,7 +14,7 @@ import numpy as np
 from mlxq.errors import FormatError
 from mlxq.formats import floats, ggml
 from mlxq.formats.superblocks import SUPER_BLOCK
-from mlxq.quantizers import ggml_asymmetric
+from mlxq.quantizers.ggml import asymmetric as ggml_asymmetric
 from mlxq.types import QuantizedTensor, QuantSpec
 
 _BLOCK = 32

@@ -25,8 +25,8 @@ from gguf_models import (
 )
 
 from mlxq.architectures.registry import build_model
-from mlxq.checkpoint.gguf import GgufCheckpoint, unpermuted_rows
-from mlxq.checkpoint.gguf_file import GgufFile
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint, unpermuted_rows
+from mlxq.checkpoint.gguf.file import GgufFile
 from mlxq.errors import CheckpointError, FormatError, MlxqError
 from mlxq.formats.affine import unpack
 from mlxq.types import QuantSpec
@@ -520,7 +520,7 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     # A process of its own: this one's peak was set when the file was made.
     code = f"""
 import resource
-from mlxq.checkpoint.gguf import GgufCheckpoint
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
 checkpoint = GgufCheckpoint({str(tmp_path / "m.gguf")!r})
 name = "model.embed_tokens.weight"
 assert checkpoint.tensors[name].nbytes > 80e6

@@ -12,8 +12,8 @@ import pytest
 from gguf_bytes import ALIGNMENT, HOSTILE, array_of, make, of_type, string, tensor, u32, u64
 from gguf_models import add_byte_tokenizer, add_tensor, finish, llama_weights, write_llama
 
-from mlxq.checkpoint.gguf import GgufCheckpoint
-from mlxq.checkpoint.gguf_file import GgufFile
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
+from mlxq.checkpoint.gguf.file import GgufFile
 from mlxq.errors import CheckpointError, FormatError, MlxqError
 
 

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlxq.calibration.imatrix import ImportanceMatrix, Sums
-from mlxq.checkpoint.gguf import GgufCheckpoint
-from mlxq.checkpoint.gguf_file import GgufFile
-from mlxq.checkpoint.gguf_header import Header
-from mlxq.checkpoint.gguf_split import open_gguf
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
+from mlxq.checkpoint.gguf.file import GgufFile
+from mlxq.checkpoint.gguf.header import Header
+from mlxq.checkpoint.gguf.split import open_gguf
 from mlxq.errors import MlxqError
 
 fuzz = settings(

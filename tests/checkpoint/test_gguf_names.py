@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from mlxq.checkpoint.gguf_names import (
+from mlxq.checkpoint.gguf.names import (
     ARCHITECTURES,
     architecture,
     architecture_for,

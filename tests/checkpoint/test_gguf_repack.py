@@ -13,7 +13,7 @@ import pytest
 from gguf_models import add_byte_tokenizer, llama_weights, write_llama
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.checkpoint.gguf import GgufCheckpoint
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion import ConversionResult, convert
 from mlxq.errors import FormatError, PlanError

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from gguf_models import HEADS, KV_HEADS, add_byte_tokenizer, add_tensor, gguf_name, llama_weights, new_writer, permute
 
-from mlxq.checkpoint.gguf import GgufCheckpoint
-from mlxq.checkpoint.gguf_file import GgufFile
-from mlxq.checkpoint.gguf_split import GgufParts, open_gguf
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
+from mlxq.checkpoint.gguf.file import GgufFile
+from mlxq.checkpoint.gguf.split import GgufParts, open_gguf
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError, FormatError, MlxqError
 

@@ -13,11 +13,11 @@ from gguf_models import VOCAB, add_byte_tokenizer, llama_weights, write_llama
 from gguf_texts import TEXTS, fuzz
 from llamacpp import LlamaCpp
 
-from mlxq.checkpoint.gguf import GgufCheckpoint
-from mlxq.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
-from mlxq.checkpoint.gguf_sentencepiece import score_merges
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
+from mlxq.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS
+from mlxq.checkpoint.gguf.sentencepiece import score_merges
 from mlxq.errors import CheckpointError
-from mlxq.writers.sentencepiece_model import parse_sentencepiece
+from mlxq.writers.gguf.sentencepiece_model import parse_sentencepiece
 
 #: One name for each different way of splitting.
 DISTINCT = sorted({pre: name for name, pre in reversed(PRE_TOKENIZERS.items())}.values())

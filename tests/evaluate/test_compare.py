@@ -15,7 +15,7 @@ from gguf_models import add_byte_tokenizer, llama_weights, write_llama
 from mlxq import CancelToken, compare
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import Cancelled, CheckpointError, UsageError
-from mlxq.evaluate.compare_configs import compare_configs
+from mlxq.evaluate.comparison.configs import compare_configs
 from mlxq.formats.floats import bf16_bits_to_float32, float32_to_bf16_bits
 
 DOWN = "model.layers.1.mlp.down_proj"
@@ -101,7 +101,7 @@ def test_float32_with_the_same_numbers_is_identical(source: Path, tmp_path: Path
 @pytest.mark.parametrize("rows", [slice(None), slice(1, 2)], ids=["one chunk", "many chunks"])
 def test_one_weight_by_one_ulp(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: slice) -> None:
     if rows.start:
-        monkeypatch.setattr("mlxq.evaluate.compare_tensors._CHUNK", 128)
+        monkeypatch.setattr("mlxq.evaluate.comparison.tensors._CHUNK", 128)
     arrays = load(source)
     bits = np.array(arrays[f"{DOWN}.weight"].view(mx.uint16))
     before = bf16_bits_to_float32(bits).astype(np.float64)

@@ -14,7 +14,7 @@ from gguf_models import add_byte_tokenizer, byte_alphabet, llama_weights, write_
 
 from mlxq import compare
 from mlxq.errors import CheckpointError
-from mlxq.evaluate.stress import CONVERSATIONS, TEXTS, texts
+from mlxq.evaluate.comparison.stress import CONVERSATIONS, TEXTS, texts
 
 PARTS = ("tokenizer", "template")
 TEMPLATE = (

@@ -213,7 +213,7 @@ def test_q2_k_s_needs_an_importance_matrix():
 
 def test_a_published_file_has_these_types(smollm2_gguf):
     """SmolLM2's rows of 576 and 1536: fallbacks beside whole super-blocks, as llama.cpp's quantizer left them."""
-    from mlxq.checkpoint.gguf_file import GgufFile
+    from mlxq.checkpoint.gguf.file import GgufFile
 
     file = GgufFile(smollm2_gguf)
     keys = ("block_count", "attention.head_count", "attention.head_count_kv")

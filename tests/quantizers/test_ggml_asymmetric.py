@@ -10,8 +10,9 @@ from mlxq.formats import ggml as ggml_formats
 from mlxq.formats import kquants
 from mlxq.formats.geometry import block_format
 from mlxq.formats.superblocks import K_TYPES, SuperBlocks
-from mlxq.quantizers import ggml_asymmetric, tiles
+from mlxq.quantizers.ggml import asymmetric as ggml_asymmetric
 from mlxq.quantizers.ggml import quantize
+from mlxq.quantizers.ggml import tiles as tiles
 
 TYPES = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 K_NAMES = ("Q2_K", "Q4_K", "Q5_K")

@@ -8,7 +8,7 @@ from gguf.quants import dequantize
 from mlxq.errors import FormatError
 from mlxq.formats import iq4
 from mlxq.formats.geometry import block_format
-from mlxq.quantizers import ggml_iq4
+from mlxq.quantizers.ggml import iq4 as ggml_iq4
 
 KINDS = ("normal", "laplace", "uniform", "sparse", "columns")
 

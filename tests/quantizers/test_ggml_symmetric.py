@@ -11,7 +11,7 @@ from gguf.quants import quantize as gguf_quantize
 from mlxq.errors import FormatError
 from mlxq.formats.geometry import block_format
 from mlxq.formats.kquants import unpack
-from mlxq.quantizers import ggml_symmetric
+from mlxq.quantizers.ggml import symmetric as ggml_symmetric
 
 REFERENCE = ("Q4_0", "Q5_0", "Q8_0")
 K = ("Q3_K", "Q6_K")

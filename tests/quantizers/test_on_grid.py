@@ -9,7 +9,8 @@ from gguf.quants import quantize as gguf_quantize
 from mlxq.formats import iq4, kquants
 from mlxq.formats.geometry import block_format
 from mlxq.formats.superblocks import SuperBlocks
-from mlxq.quantizers import ggml_iq4, ggml_symmetric
+from mlxq.quantizers.ggml import iq4 as ggml_iq4
+from mlxq.quantizers.ggml import symmetric as ggml_symmetric
 
 SUPER_BLOCKS = ("Q3_K", "Q6_K", "IQ4_XS")
 LIMITS = {"Q3_K": (8, -32, 31), "Q6_K": (64, -128, 127), "IQ4_XS": (16, -32, 31)}

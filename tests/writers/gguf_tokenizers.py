@@ -10,7 +10,7 @@ import gguf
 from gguf_models import add_tensor, finish, gguf_name, llama_weights, new_writer, permute
 from gguf_texts import TEXTS, fuzz
 
-from mlxq.writers.gguf_tokenizer import tokenizer_metadata
+from mlxq.writers.gguf.tokenizer import tokenizer_metadata
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 SPLIT = "(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\\r\\n\\p{L}\\p{N}]?\\p{L}+|\\p{N}%s| ?[^\\s\\p{L}\\p{N}]+[\\r\\n]*|"

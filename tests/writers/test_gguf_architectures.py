@@ -12,8 +12,8 @@ from llamacpp import LlamaCpp
 
 from mlxq.architectures.arguments import effective
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.checkpoint.gguf_fields import ACTIVATIONS
-from mlxq.checkpoint.gguf_names import ALIASES, ARCHITECTURES
+from mlxq.checkpoint.gguf.fields import ACTIVATIONS
+from mlxq.checkpoint.gguf.names import ALIASES, ARCHITECTURES
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.runtime import layers, weights
 
@@ -130,5 +130,5 @@ def test_missing_rotary_factors_would_be_seen(tmp_path, name):
 @pytest.mark.parametrize("name", ["llama", "mixtral", "granite", "smollm3", "llama biases"])
 def test_rows_in_the_wrong_order_would_be_seen(tmp_path, monkeypatch, name):
     directory = save(tmp_path / "model", ZOO[name])
-    monkeypatch.setattr("mlxq.checkpoint.gguf_names.permuted_rows", lambda start, stop, head_dim: np.arange(stop))
+    monkeypatch.setattr("mlxq.checkpoint.gguf.names.permuted_rows", lambda start, stop, head_dim: np.arange(stop))
     assert relative(llama_cpp(write_gguf(directory, tmp_path / "m.gguf")), predict(directory)) > 5e-3

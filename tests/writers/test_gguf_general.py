@@ -3,8 +3,8 @@
 import pytest
 from gguf_tokenizers import write_gguf
 
-from mlxq.checkpoint.gguf_file import GgufFile
-from mlxq.writers.gguf_general import general_metadata
+from mlxq.checkpoint.gguf.file import GgufFile
+from mlxq.writers.gguf.general import general_metadata
 
 CARD = """---
 license: apache-2.0

@@ -9,12 +9,12 @@ from gguf_zoo import BASE, GRANITE, LLAMA3, LONGROPE, TIED, VOCAB, WIDE, YARN, Z
 
 from mlxq.architectures.arguments import effective
 from mlxq.architectures.registry import model_classes
-from mlxq.checkpoint.gguf_config import build_config
-from mlxq.checkpoint.gguf_fields import BUILT_IN, FIELDS, config_name
-from mlxq.checkpoint.gguf_metadata import Metadata
-from mlxq.checkpoint.gguf_names import ARCHITECTURES, architecture_for
+from mlxq.checkpoint.gguf.config import build_config
+from mlxq.checkpoint.gguf.fields import BUILT_IN, FIELDS, config_name
+from mlxq.checkpoint.gguf.metadata import Metadata
+from mlxq.checkpoint.gguf.names import ARCHITECTURES, architecture_for
 from mlxq.errors import CheckpointError
-from mlxq.writers.gguf_hyperparameters import hyperparameters, rope_tensors
+from mlxq.writers.gguf.hyperparameters import hyperparameters, rope_tensors
 
 
 def keys_of(config):

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxq.writers.chat_turns import chat_turns
-from mlxq.writers.modelfile import go_template, modelfile, ollama_parameters
+from mlxq.writers.gguf.chat_turns import chat_turns
+from mlxq.writers.gguf.modelfile import go_template, modelfile, ollama_parameters
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}"
@@ -199,7 +199,7 @@ def test_parameters():
 
 
 def test_smollm2(smollm2_gguf: Path):
-    from mlxq.checkpoint.gguf import GgufCheckpoint
+    from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
 
     with GgufCheckpoint(smollm2_gguf, metadata_only=True) as checkpoint:
         template = checkpoint.companion_files()["chat_template.jinja"].decode()

@@ -7,22 +7,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import CACHE
+from cache import CACHE
 from gguf_models import byte_alphabet
 from gguf_texts import TEXTS, fuzz
 from gguf_tokenizers import LLAMA3, QWEN2, byte_level, metadata_of, sentencepiece_model, write_gguf
 from llamacpp import LlamaCpp
 from tokenizers import Tokenizer
 
-from mlxq.checkpoint.gguf import GgufCheckpoint
-from mlxq.checkpoint.gguf_pretokenizers import PRE_TOKENIZERS
-from mlxq.checkpoint.gguf_tokenizer import SOURCE_KEY, build_tokenizer_files
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
+from mlxq.checkpoint.gguf.pretokenizers import PRE_TOKENIZERS
+from mlxq.checkpoint.gguf.tokenizer import SOURCE_KEY, build_tokenizer_files
 from mlxq.errors import CheckpointError
-from mlxq.writers.gguf_pre import hashed_name
-from mlxq.writers.gguf_tokenizer import passthrough, tokenizer_metadata
-from mlxq.writers.sentencepiece_model import parse_sentencepiece
-from mlxq.writers.tokenizer_differences import tokenizer_differences
-from mlxq.writers.tokenizer_files import TokenizerFiles
+from mlxq.writers.gguf.pre import hashed_name
+from mlxq.writers.gguf.sentencepiece_model import parse_sentencepiece
+from mlxq.writers.gguf.tokenizer import passthrough, tokenizer_metadata
+from mlxq.writers.gguf.tokenizer_differences import tokenizer_differences
+from mlxq.writers.gguf.tokenizer_files import TokenizerFiles
 
 ALL = TEXTS + fuzz(400)
 SETTINGS = {"bos_token": "<|begin|>", "eos_token": "<|end|>"}
@@ -182,7 +182,7 @@ def test_vocabulary_and_merges_without_a_tokenizer_json():
 @pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
 def test_every_name_comes_back(name):
     """What is read of a GGUF file names its pre-tokenizer again."""
-    from mlxq.checkpoint.gguf_metadata import Metadata
+    from mlxq.checkpoint.gguf.metadata import Metadata
 
     values = {
         "general.architecture": "llama",

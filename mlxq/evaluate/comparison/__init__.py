@@ -1,0 +1,1 @@
+"""Two artifacts of one model, compared."""

@@ -1,0 +1,132 @@
+"""Encoding weights as ggml blocks: one validated signature for every type that we write."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from mlxq.errors import BackendError, FormatError
+from mlxq.formats import floats
+from mlxq.formats.geometry import block_format
+from mlxq.ops.dispatch import Call, choose, device_of
+
+_ASYMMETRIC = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
+_SYMMETRIC = ("Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K")
+_IQ4 = ("IQ4_NL", "IQ4_XS")
+_FLOATS = ("F32", "F16", "BF16")
+#: The ggml types that `quantize` writes.
+ENCODABLE = _FLOATS + _ASYMMETRIC + _SYMMETRIC + _IQ4
+
+#: Columns of less importance than this part of the mean count for this much: their codes stay close to the weights.
+_LEAST_IMPORTANCE = 1e-6
+
+
+def quantize(
+    w: np.ndarray, name: str, importance: np.ndarray | None = None, *, backend: str | None = None
+) -> np.ndarray:
+    """Encode weights as blocks of a ggml type.
+
+    Float types are rounded to nearest even. The others are searched: for the least sum of squared errors, each
+    weighted by the importance of its column when there is one (`asymmetric`, `symmetric`,
+    `iq4` say how). Rows are encoded independently, so rows may be passed in parts, from several threads.
+
+    Args:
+        w: float32 `[..., K]`, finite; `K` a multiple of the type's block.
+        name: one of `ENCODABLE`.
+        importance: float `[K]`, or `[E, K]` for `w` `[E, ..., K]`: how much the squared error of each input column
+            counts, as in an importance matrix; not negative. None, or all zero, is all alike.
+        backend: `numpy` or `mlx`, as in `mlxq.ops`; None lets the device decide.
+
+    Returns:
+        uint8 `[..., K // block_size * type_size]`.
+
+    Raises:
+        FormatError: a type that cannot be encoded, rows that are not whole blocks, a weight that is not finite or
+            too large for the type, importance of another length, negative or not finite.
+        BackendError: a back end that is unknown or not installed.
+    """
+    _validate(w, name)
+    format = block_format(name)
+    row_bytes = w.shape[-1] // format.block_size * format.type_size
+    if name in _FLOATS:
+        return _cast(w, name).view(np.uint8).reshape(*w.shape[:-1], row_bytes)
+    w = np.ascontiguousarray(w)
+    if importance is not None and np.ndim(importance) == 2:
+        return _quantize_experts(w, name, np.asarray(importance), backend)
+    column_importance = None if importance is None else _normalized(importance, w.shape[-1], name)
+    rows = w.reshape(-1, w.shape[-1])
+    return _encode(rows, name, column_importance, backend).reshape(*w.shape[:-1], row_bytes)
+
+
+def _quantize_experts(w: np.ndarray, name: str, importance: np.ndarray, backend: str | None) -> np.ndarray:
+    if w.ndim < 3 or importance.shape[0] != w.shape[0]:
+        raise FormatError(
+            f"{name}: importance of shape {list(importance.shape)} is one row for each expert, but the weights are "
+            f"{list(w.shape)}"
+        )
+    return np.stack([quantize(part, name, row, backend=backend) for part, row in zip(w, importance, strict=True)])
+
+
+def _validate(w: np.ndarray, name: str) -> None:
+    if name not in ENCODABLE:
+        raise FormatError(f"ggml type {name!r} cannot be encoded: the types that can are {', '.join(ENCODABLE)}")
+    if w.dtype != np.float32 or w.ndim < 1:
+        raise FormatError(f"{name}: weights are float32 [..., K], got {w.dtype} {list(w.shape)}")
+    block_size = block_format(name).block_size
+    if w.shape[-1] % block_size:
+        raise FormatError(
+            f"{name}: a row is whole blocks of {block_size} weights, got {w.shape[-1]}; choose a type of smaller blocks"
+        )
+    if not floats.all_finite(w):
+        raise FormatError(f"{name}: a weight is NaN or infinite in an array of shape {list(w.shape)}")
+
+
+def _cast(w: np.ndarray, name: str) -> np.ndarray:
+    out = np.ascontiguousarray(floats.from_float32(w, name))
+    if name == "F32":
+        return out
+    if not floats.all_finite(out):
+        raise FormatError(f"{name}: the weight {_largest(w):g} is beyond the type's range; store it as F32")
+    return out
+
+
+def _largest(w: np.ndarray) -> float:
+    return float(w.flat[np.abs(w).argmax()])
+
+
+def _normalized(importance: np.ndarray, K: int, name: str) -> np.ndarray | None:
+    """Importance with mean 1 and no zeros, float32 `[K]`; None where it says nothing."""
+    importance = np.asarray(importance)
+    if importance.shape != (K,):
+        raise FormatError(f"{name}: importance has one value for each of {K} columns, got {list(importance.shape)}")
+    if not np.isfinite(importance).all() or (importance < 0).any():
+        raise FormatError(f"{name}: importance is finite and not negative, got {_unfit(importance):g}")
+    mean = importance.mean(dtype=np.float64)
+    if mean == 0:
+        return None
+    return np.maximum(importance / mean, _LEAST_IMPORTANCE).astype(np.float32)
+
+
+def _unfit(importance: np.ndarray) -> float:
+    return float(importance[~np.isfinite(importance) | (importance < 0)][0])
+
+
+def _encode(rows: np.ndarray, name: str, importance: np.ndarray | None, backend: str | None) -> np.ndarray:
+    if name in _ASYMMETRIC:
+        from mlxq.quantizers.ggml import asymmetric as encoder
+    elif name in _SYMMETRIC:
+        from mlxq.quantizers.ggml import symmetric as encoder
+    else:
+        from mlxq.quantizers.ggml import iq4 as encoder
+    return encoder.quantize(rows, name, importance, choose(Call("encode", _device()), backend))
+
+
+def _device() -> str:
+    """`gpu` where mlx has one, else `host`: NumPy's search is faster than mlx's on a CPU."""
+    if sys.platform != "darwin" and "mlx.core" not in sys.modules:
+        return "host"
+    try:
+        return "gpu" if device_of("mlx") == "gpu" else "host"
+    except BackendError:
+        return "host"

@@ -1,0 +1,169 @@
+"""What of a planned tensor is stored in a GGUF file: its rows in ggml's order, as blocks of its type or as floats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.calibration.imatrix import ImportanceMatrix
+from mlxq.checkpoint.gguf.names import MappedTensor, permuted_rows
+from mlxq.errors import FormatError
+from mlxq.formats import crossings, floats, ggml
+from mlxq.plan.planner import Plan
+from mlxq.quantizers import ggml as encoders
+from mlxq.types import FLOAT_BYTES, QuantizedTensor, TensorPlan
+from mlxq.writers.gguf.file import GgufEntry, GgufWriter, TypedMetadata
+from mlxq.writers.measured import MeasuredErrors
+from mlxq.writers.stream import CHUNK_WEIGHTS
+
+_WHAT = {
+    "keep": "rounded to another float type",
+    "repack": "written with their codes, and scales rounded to float16",
+    "requantize": "quantized anew from quantized weights",
+}
+
+
+class GgufTarget:
+    """The one file of a GGUF model.
+
+    Args:
+        parameters: where the weights come from.
+        plan: `TensorPlan.dtype` is each tensor's ggml type.
+        names: parameter -> its name in the file, and what is done to its values.
+        metadata: the file's.
+        rope: tensors of rotary factors by their GGUF names, float32.
+        importance: weights of the squared errors, by GGUF name.
+        filename: in the directory that `open` is given.
+    """
+
+    def __init__(
+        self,
+        parameters: ParameterMap,
+        plan: Plan,
+        names: Mapping[str, MappedTensor],
+        metadata: TypedMetadata,
+        rope: Mapping[str, np.ndarray],
+        importance: ImportanceMatrix | None,
+        filename: str,
+    ):
+        self.parameters = parameters
+        self.plan = plan
+        self.errors = MeasuredErrors()
+        self._names = names
+        self._metadata = metadata
+        self._rope = rope
+        self._importance = importance
+        self._filename = filename
+
+    def open(self, directory: Path) -> GgufWriter:
+        weights = [self._entry(p) for p in self.plan.tensors]
+        rope = [GgufEntry(name, "F32", values.shape) for name, values in self._rope.items()]
+        writer = GgufWriter(directory, self._filename, self._metadata, [*rope, *weights])
+        for name, values in self._rope.items():
+            writer.write(name, values.astype("<f4").data)
+        return writer
+
+    def _entry(self, plan: TensorPlan) -> GgufEntry:
+        return GgufEntry(self._names[plan.info.name].name, plan.dtype, plan.info.shape)
+
+    def parts(
+        self, plan: TensorPlan, rows: slice | None, check: Callable[[], None]
+    ) -> Iterator[tuple[str, int, memoryview]]:
+        entry = self._entry(plan)
+        offset = entry.nbytes // plan.info.shape[0] * rows.start if rows else 0
+        for array in self._convert(plan, rows, check):
+            data = memoryview(np.ascontiguousarray(array)).cast("B")
+            yield entry.name, offset, data
+            offset += data.nbytes
+
+    def _convert(self, plan: TensorPlan, rows: slice | None, check: Callable[[], None]) -> Iterator[np.ndarray]:
+        name, mapped = plan.info.name, self._names[plan.info.name]
+        if plan.action == "repack":
+            yield self._repack(plan, rows, mapped)
+            return
+        w = self._read(self.parameters.read, plan, rows, mapped)
+        if not floats.all_finite(w):
+            raise FormatError("a weight is NaN or infinite")
+        if plan.dtype in FLOAT_BYTES:
+            yield self._cast(plan, w, mapped)
+            return
+        for part, importance in self._matrices(w, plan, rows, mapped):
+            check()
+            part = floats.to_float32(part, floats.dtype_of(part))
+            blocks = encoders.quantize(part, plan.dtype, importance)
+            # The divergence that the proof measures says what plain quantization costs.
+            if plan.action == "requantize":
+                self.errors.add(name, part, ggml.dequantize(blocks, plan.dtype))
+            yield blocks
+
+    def _matrices(
+        self, w: np.ndarray, plan: TensorPlan, rows: slice | None, mapped: MappedTensor
+    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Rows `[n, K]` of bounded size with the importance float32 `[K]` of their columns, or None.
+
+        In a stack of experts each has its own importance.
+        """
+        shape = plan.info.shape
+        importance = self._importance.get(mapped.name, shape) if self._importance else None
+        per_expert = len(shape) > 2 and importance is not None
+        matrices = w.reshape(-1, *shape[-2:]) if per_expert else w.reshape(1, -1, shape[-1])
+        first = rows.start if rows else 0
+        step = max(CHUNK_WEIGHTS // shape[-1], 1)
+        for i, matrix in enumerate(matrices):
+            weight = importance[first + i] if per_expert else importance
+            for start in range(0, len(matrix), step):
+                yield matrix[start : start + step], weight
+
+    def _read(self, read: Callable[..., Any], plan: TensorPlan, rows: slice | None, mapped: MappedTensor) -> Any:
+        """Rows in ggml's order. Those of a head are read together, and of them the ones asked for are taken."""
+        name = plan.info.name
+        if not mapped.permuted or rows is None:
+            return read(name, rows)
+        head_dim = plan.info.shape[0] // self.parameters.checkpoint.config[mapped.heads]
+        first, last = rows.start // head_dim * head_dim, -(-rows.stop // head_dim) * head_dim
+        values = read(name, slice(first, last))
+        order = permuted_rows(rows.start, rows.stop, head_dim) - first
+        if isinstance(values, QuantizedTensor):
+            w_q, scales, biases = (a[order] for a in (values.w_q, values.scales, values.biases))
+            shape = (len(order), *values.shape[1:])
+            return replace(values, w_q=w_q, scales=scales, biases=biases, shape=shape)
+        return values[order]
+
+    def _repack(self, plan: TensorPlan, rows: slice | None, mapped: MappedTensor) -> np.ndarray:
+        if plan.info.dtype == plan.dtype:
+            return self._read(self.parameters.read_blocks, plan, rows, mapped)
+        q = self._read(self.parameters.read_quantized, plan, rows, mapped)
+        blocks = crossings.from_affine(q, plan.dtype)
+        exact = crossings.dequantize(q)
+        self.errors.add(plan.info.name, exact, ggml.dequantize(blocks, plan.dtype).reshape(exact.shape))
+        return blocks
+
+    def notes(self) -> list[str]:
+        """What was lost beside the quantization that was asked for; to be read when all is written."""
+        lossy = {name: error for name, error in self.errors.relative_rmse.items() if error}
+        by_action: dict[str, list[str]] = {}
+        for plan in self.plan.tensors:
+            if plan.info.name in lossy:
+                by_action.setdefault(_WHAT[plan.action], []).append(plan.info.name)
+        notes = []
+        for what, names in by_action.items():
+            worst = max(names, key=lambda n: lossy[n])
+            count = f"{len(names)} tensors were" if len(names) > 1 else "one tensor was"
+            notes.append(f"{count} {what}; the largest relative error is {lossy[worst]:.1e}, of {worst}")
+        return notes
+
+    def _cast(self, plan: TensorPlan, w: np.ndarray, mapped: MappedTensor) -> np.ndarray:
+        dtype = floats.dtype_of(w)
+        if dtype == plan.dtype and not mapped.norm_offset:
+            return w
+        exact = floats.to_float32(w, dtype) + np.float32(mapped.norm_offset)
+        cast = floats.from_float32(exact, plan.dtype)
+        if not floats.all_finite(cast):
+            raise FormatError(f"the weights exceed the range of {plan.dtype}; choose another type")
+        self.errors.add(plan.info.name, exact, floats.to_float32(cast, plan.dtype))
+        return cast
