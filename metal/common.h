@@ -78,3 +78,41 @@ MLXQ_FUNC float sum_over(float value) {
   }
   return value;
 }
+
+/// Four floats rounded to `T` and stored at a multiple of four values: one store.
+template <typename T>
+MLXQ_FUNC void store4(device T* p, float4 v) {
+  *(device vec<T, 4>*)p = vec<T, 4>(T(v.x), T(v.y), T(v.z), T(v.w));
+}
+
+/// Sums over the lanes of `n` values a lane, `n` a power of two up to 32: lane L returns the sum of value
+/// L / (32 / n). Each exchange halves the values that a lane still holds, so this takes fewer than n + 5 shuffles.
+template <int n>
+MLXQ_FUNC float sum_lanes(thread float* values, uint lane) {
+  int held = n;
+  MLXQ_UNROLL
+  for (int step = SIMD_LANES / 2; step > 0; step /= 2) {
+    if (held > 1) {
+      held /= 2;
+      const bool upper = (lane & uint(step)) != 0;
+      MLXQ_UNROLL
+      for (int i = 0; i < held; i++) {
+        const float kept = upper ? values[i + held] : values[i];
+        const float sent = upper ? values[i] : values[i + held];
+        values[i] = kept + simd_shuffle_xor(sent, ushort(step));
+      }
+    } else {
+      values[0] += simd_shuffle_xor(values[0], ushort(step));
+    }
+  }
+  return values[0];
+}
+
+/// The smallest power of two that is at least `n`.
+constexpr int next_power_of_two(int n) {
+  int p = 1;
+  while (p < n) {
+    p *= 2;
+  }
+  return p;
+}

@@ -1,0 +1,46 @@
+// Codes of affine quantization, w_hat = scale * q + bias, and how a run of them is read.
+//
+// A row of K codes is K * bits / 32 words, least significant bit first; a code may straddle two words (the layout is
+// drawn in mlxq/formats/affine.py). Groups of `group_size` codes share a scale and a bias. K is a multiple of 32, so
+// that runs of 8, 16 or 32 codes which fill whole words never cross the end of a row.
+#pragma once
+#include "common.h"
+
+/// Words of a run of `count` codes.
+template <int bits, int count>
+constexpr int affine_words() {
+  static_assert(count * bits % 32 == 0, "a run of codes fills whole words");
+  return count * bits / 32;
+}
+
+/// Code `i` of a run. `i` is known when the loop around the call is unrolled, so that this is a shift and a mask.
+template <int bits>
+MLXQ_FUNC uint affine_code(const thread uint* w, int i) {
+  constexpr uint mask = (1u << bits) - 1u;
+  const int word = i * bits / 32;
+  const int at = i * bits % 32;
+  if (at + bits > 32) {
+    return ((w[word] >> at) | (w[word + 1] << (32 - at))) & mask;
+  }
+  return at + bits == 32 ? w[word] >> at : (w[word] >> at) & mask;
+}
+
+/// Whether `affine_masked` leaves code `i` where it lies in its word, multiplied by 2^at.
+template <int bits>
+MLXQ_FUNC constexpr bool affine_in_place(int i) {
+  return i * bits % 32 + bits < 32;
+}
+
+/// 2^-at for a code that `affine_masked` leaves in place, else 1.
+template <int bits>
+MLXQ_FUNC constexpr float affine_place(int i) {
+  return affine_in_place<bits>(i) ? 1.0f / float(1u << (i * bits % 32)) : 1.0f;
+}
+
+/// Code `i` of a run times 2^at where it ends before its word does: masked, not shifted. The power of two is taken off
+/// the other factor, once for many codes (the method of mlx/backend/metal/kernels/quantized.h, there with 16 bits).
+template <int bits>
+MLXQ_FUNC uint affine_masked(const thread uint* w, int i) {
+  constexpr uint mask = (1u << bits) - 1u;
+  return affine_in_place<bits>(i) ? w[i * bits / 32] & (mask << (i * bits % 32)) : affine_code<bits>(w, i);
+}
