@@ -1,0 +1,195 @@
+// Tiled products of many rows of x with packed weights, on 8 x 8 matrices of a SIMD-group.
+//
+// Codes go from their load to the matrix unit in registers: a lane loads a run of codes, and the order of a sum's terms
+// (transposed), or of output columns (not transposed), is permuted so that the codes which a fragment needs from a lane
+// are the ones it holds. Only x passes through threadgroup memory, in the same order.
+// A lane holds elements (row, column) and (row, column + 1) of a fragment; the places are those that mlx's own kernels
+// rely on (mlx/backend/metal/kernels/steel/gemm/mma.h, BaseMMAFrag).
+#pragma once
+#include "affine.h"
+
+#include <metal_simdgroup_matrix>
+
+constant constexpr int QMM_SIMD_GROUPS = 4;
+
+/// Row of a fragment whose two elements this lane holds.
+MLXQ_FUNC int fragment_row(uint lane) {
+  return int(((lane >> 2) & 4) | ((lane >> 1) & 3));
+}
+
+/// Column of the first of them.
+MLXQ_FUNC int fragment_column(uint lane) {
+  return int(((lane >> 1) & 4) | ((lane & 1) << 1));
+}
+
+/// Removes the first eight codes of a run.
+template <int bits, int n_words>
+MLXQ_FUNC void affine_drop8(thread uint* w) {
+  constexpr int words = bits / 4;
+  constexpr int shift = bits * 8 % 32;
+  MLXQ_UNROLL
+  for (int i = 0; i < n_words; i++) {
+    const uint low = i + words < n_words ? w[i + words] : 0u;
+    const uint high = i + words + 1 < n_words ? w[i + words + 1] : 0u;
+    w[i] = shift == 0 ? low : (low >> shift) | (high << ((32 - shift) & 31));
+  }
+}
+
+/// Codes of a lane's run: 16 bytes for 4 and 8 bits, so that the eight lanes of a row load 128.
+template <int bits>
+constexpr int affine_qmm_run() {
+  return bits == 8 ? 16 : 32;
+}
+
+constant constexpr int QMM_TILE_M = 32;
+constant constexpr int QMM_TILE_N = 64;
+/// Columns of x in threadgroup memory at a time, eight runs' worth of QMM_DEPTH / 8.
+constant constexpr int QMM_DEPTH = 128;
+/// Elements of a row of x there; not a multiple of a fragment's rows, to spread the banks.
+constant constexpr int QMM_STRIDE = QMM_DEPTH + 8;
+
+/// Copies columns `first + run * slot + (0 ... QMM_DEPTH / 8 - 1)` of a tile of x, slot 0 ... 7, to threadgroup memory as
+/// [row][column within the run][slot]; zeros where x ends.
+template <typename X, int K, int run>
+MLXQ_FUNC void affine_qmm_load_x(const device X* x, int rows, int first, threadgroup X* tile, uint thread_index) {
+  constexpr int depth = QMM_DEPTH / 8;
+  constexpr int quads = QMM_TILE_M * QMM_DEPTH / 4;
+  MLXQ_UNROLL
+  for (int i = 0; i < quads / (QMM_SIMD_GROUPS * SIMD_LANES); i++) {
+    const int quad = i * QMM_SIMD_GROUPS * SIMD_LANES + int(thread_index);
+    const int column = quad % (depth / 4) * 4;
+    const int slot = quad / (depth / 4) % 8;
+    const int row = quad / (depth / 4) / 8;
+    const int k = first + run * slot + column;
+    vec<X, 4> v = vec<X, 4>(X(0));
+    if (row < rows && (K % (8 * run) == 0 || k < K)) {
+      v = *(const device vec<X, 4>*)(x + size_t(row) * K + k);
+    }
+    threadgroup X* out = tile + row * QMM_STRIDE + column * 8 + slot;
+    out[0] = v.x;
+    out[8] = v.y;
+    out[16] = v.z;
+    out[24] = v.w;
+  }
+}
+
+/// y = x @ w_hat.T for tile (`tile_m`, `tile_n`) of y: `x` [M, K], `w` [N, K].
+///
+/// Eight lanes share a weight row, each with a run of codes; fragment f of a block of eight runs takes code f of each.
+template <typename X, typename S, typename Y, int group_size, int bits, int N, int K>
+MLXQ_FUNC void affine_qmm_t(
+    const device uint* w,
+    const device S* scales,
+    const device S* biases,
+    const device X* x,
+    device Y* y,
+    threadgroup X* tile,
+    int M,
+    uint tile_n,
+    uint tile_m,
+    uint simd_group,
+    uint lane) {
+  constexpr int run = affine_qmm_run<bits>();
+  constexpr int n_words = affine_words<bits, run>();
+  constexpr int depth = QMM_DEPTH / 8;
+  constexpr int m_fragments = QMM_TILE_M / 8;
+  constexpr int n_fragments = QMM_TILE_N / 8 / QMM_SIMD_GROUPS;
+  const int first_m = int(tile_m) * QMM_TILE_M;
+  const int first_n = int(tile_n) * QMM_TILE_N + int(simd_group) * n_fragments * 8;
+  const int slot = fragment_row(lane);
+  const int column = fragment_column(lane);
+  x += size_t(first_m) * K;
+
+  size_t rows[n_fragments][2];
+  MLXQ_UNROLL
+  for (int n = 0; n < n_fragments; n++) {
+    rows[n][0] = size_t(min(first_n + n * 8 + column, N - 1));
+    rows[n][1] = size_t(min(first_n + n * 8 + column + 1, N - 1));
+  }
+  simdgroup_matrix<float, 8, 8> sums[m_fragments][n_fragments];
+  MLXQ_UNROLL
+  for (int m = 0; m < m_fragments; m++) {
+    MLXQ_UNROLL
+    for (int n = 0; n < n_fragments; n++) {
+      sums[m][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+  }
+
+  for (int block = 0; block < K; block += 8 * run) {
+    const int k = block + slot * run;
+    const bool inside = K % (8 * run) == 0 || k < K;
+    uint codes[n_fragments][2][n_words] = {};
+    float scale[n_fragments][2] = {};
+    float bias[n_fragments][2] = {};
+    if (inside) {
+      MLXQ_UNROLL
+      for (int n = 0; n < n_fragments; n++) {
+        MLXQ_UNROLL
+        for (int e = 0; e < 2; e++) {
+          load_words<n_words>(w + rows[n][e] * (K * bits / 32) + k * bits / 32, codes[n][e]);
+        }
+      }
+    }
+    for (int start = 0; start < run; start += depth) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      affine_qmm_load_x<X, K, run>(x, M - first_m, block + start, tile, simd_group * SIMD_LANES + lane);
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (inside && (group_size < run || start == 0)) {
+        MLXQ_UNROLL
+        for (int n = 0; n < n_fragments; n++) {
+          MLXQ_UNROLL
+          for (int e = 0; e < 2; e++) {
+            const size_t group = rows[n][e] * (K / group_size) + (k + start) / group_size;
+            scale[n][e] = float(scales[group]);
+            bias[n][e] = float(biases[group]);
+          }
+        }
+      }
+      const threadgroup X* from = tile + slot * QMM_STRIDE + column;
+      for (int f = 0; f < depth; f += 8) {
+        MLXQ_UNROLL
+        for (int j = 0; j < 8; j++) {
+          simdgroup_matrix<float, 8, 8> a[m_fragments];
+          MLXQ_UNROLL
+          for (int m = 0; m < m_fragments; m++) {
+            const vec<X, 2> v = *(const threadgroup vec<X, 2>*)(from + m * 8 * QMM_STRIDE + j * 8);
+            a[m].thread_elements()[0] = float(v.x);
+            a[m].thread_elements()[1] = float(v.y);
+          }
+          MLXQ_UNROLL
+          for (int n = 0; n < n_fragments; n++) {
+            simdgroup_matrix<float, 8, 8> b;
+            b.thread_elements()[0] = fma(scale[n][0], float(affine_code<bits>(codes[n][0], j)), bias[n][0]);
+            b.thread_elements()[1] = fma(scale[n][1], float(affine_code<bits>(codes[n][1], j)), bias[n][1]);
+            MLXQ_UNROLL
+            for (int m = 0; m < m_fragments; m++) {
+              simdgroup_multiply_accumulate(sums[m][n], a[m], b, sums[m][n]);
+            }
+          }
+        }
+        from += 64;
+        MLXQ_UNROLL
+        for (int n = 0; n < n_fragments; n++) {
+          affine_drop8<bits, n_words>(codes[n][0]);
+          affine_drop8<bits, n_words>(codes[n][1]);
+        }
+      }
+    }
+  }
+
+  MLXQ_UNROLL
+  for (int m = 0; m < m_fragments; m++) {
+    const int row = first_m + m * 8 + slot;
+    MLXQ_UNROLL
+    for (int n = 0; n < n_fragments; n++) {
+      const int out = first_n + n * 8 + column;
+      device Y* to = y + size_t(row) * N + out;
+      if (row < M && out < N) {
+        to[0] = Y(sums[m][n].thread_elements()[0]);
+      }
+      if (row < M && out + 1 < N) {
+        to[1] = Y(sums[m][n].thread_elements()[1]);
+      }
+    }
+  }
+}
