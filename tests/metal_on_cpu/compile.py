@@ -1,0 +1,146 @@
+"""Metal text to a shared library: preprocess, translate, lint, compile as C++ for OpenCL, cache by content.
+
+C++ for OpenCL is the mode of clang whose address spaces mean what Metal's mean, and on a CPU all of them are plain
+memory, so that one compilation both checks the text and gives code that the sanitizers can instrument.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from metal_on_cpu import toolchain
+from metal_on_cpu.counting import instrument
+from metal_on_cpu.lint import lint
+from metal_on_cpu.tokens import MslError
+from metal_on_cpu.translate import translate
+
+_LANGUAGE = [
+    *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-fdeclspec", "-nostdinc"),
+    *("-D__METAL__", "-D__METAL_VERSION__=320", "-cl-single-precision-constant"),
+    *("-Xclang", "-ffloat16-excess-precision=none"),  # half rounds after each operation
+    *("-Wno-unknown-attributes", "-Wno-unused-value", "-Werror=return-type"),
+    *("-Werror=uninitialized", "-Werror=sometimes-uninitialized"),
+]
+_TARGET = ["-mf16c", "-mfma", "-mavx2"] if platform.machine() == "x86_64" else []
+# The optimization level comes first: after -fno-slp-vectorize it would turn that on again, and the thread sanitizer
+# passes over accesses of more than 16 bytes.
+_CODE = ["-fPIC", "-g1", "-fno-vectorize", "-fno-slp-vectorize", "-fno-strict-aliasing"]
+_ACCESSES = [
+    *("-fsanitize=thread", "-mllvm", "-tsan-instrument-func-entry-exit=0"),
+    *("-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-tsan-distinguish-volatile=0"),
+]
+_UNDEFINED = [
+    "-fsanitize=alignment,shift,bounds,integer-divide-by-zero,float-cast-overflow,local-bounds",
+    "-ftrivial-auto-var-init=pattern",
+]
+#: What each mode instruments. The branches of `check` keep the compiler from merging loads: bytes and instructions are
+#: counted in `count`, findings are sought in `check`.
+MODES: dict[str, list[str]] = {"fast": [], "count": _ACCESSES, "check": [*_ACCESSES, *_UNDEFINED]}
+_PRELUDE = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h"\n'
+
+
+@dataclass(frozen=True)
+class Build:
+    """How to compile: the mode (see `MODES`), optimization, contraction of a*b+c, and how `simd_sum` adds lanes."""
+
+    mode: str = "check"
+    opt: str = "-O2"
+    contract: str = "off"
+    simd_order: int = 0
+    lint: bool = True
+    function_constants: tuple[tuple[int, int], ...] = ()
+    extra: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r}: the modes are {', '.join(MODES)}")
+
+
+def compile_kernel(text: str, entry: str, build: Build, user_files: tuple[str, ...]) -> Path:
+    """The shared library of a kernel, with its table of instruction counts beside it (`.json`, mode `count`).
+
+    Args:
+        text: Metal text as mlx would hand it to Apple's compiler, less mlx's own prelude.
+        entry: the C++ function `__msl_entry` that calls the kernel with a launch's buffers.
+        build: how to compile.
+        user_files: names in `#line` directives whose text is linted.
+
+    Raises:
+        MslError: the text does not compile, or the lint rejects it; the message gives file and line.
+    """
+    key = "\0".join([text, entry, repr(build), repr(user_files), toolchain.identity()])
+    folder = toolchain.cached(key, ".kernel", lambda out: _make(out, text, entry, build, user_files))
+    return folder / "kernel.so"
+
+
+def _make(out: Path, text: str, entry: str, build: Build, user_files: tuple[str, ...]) -> None:
+    out.mkdir()
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as pool:
+        language = [
+            *_LANGUAGE,
+            *_TARGET,
+            f"-DMSL_SIMD_ORDER={build.simd_order}",
+            f"-DMSL_COUNT={build.mode == 'count':d}",
+        ]
+        source = _translated(Path(scratch), text, entry, build, language)
+        linted = pool.submit(_lint, source, language, user_files) if build.lint else None
+        flags = [build.opt, *_CODE, f"-ffp-contract={build.contract}", *MODES[build.mode], *build.extra]
+        try:
+            _object(source, [*language, *flags], out, build.mode == "count")
+        finally:
+            if linted:
+                faults = linted.result()
+        if linted and faults:
+            raise MslError("\n".join(f"{file}:{line}: error: {message}" for file, line, message in faults))
+        toolchain.run([toolchain.CLANG, "-shared", "-o", out / "kernel.so", source.with_suffix(".o"), "-lm"])
+
+
+def _translated(scratch: Path, text: str, entry: str, build: Build, language: list[str]) -> Path:
+    metal = scratch / "kernel.metal"
+    metal.write_text(_PRELUDE + text + "\n")
+    folders = [x for folder in (*toolchain.shim(), toolchain.MLX_INCLUDE) for x in ("-isystem", str(folder))]
+    code, constants = translate(toolchain.run([toolchain.CLANG, *language, *folders, "-E", metal]))
+    values = dict(build.function_constants)
+    source = scratch / "kernel.cl"
+    defines = "".join(f"#define MSL_FC_{n} {int(values.get(n, 0))}\n" for n in constants)
+    source.write_text(defines + "#line 1\n" + code + entry)
+    return source
+
+
+def _object(source: Path, flags: list[str], out: Path, count: bool) -> None:
+    made = source.with_suffix(".o")
+    if not count:
+        toolchain.run([toolchain.CLANG, *flags, "-c", source, "-o", made])
+        return
+    ir = source.with_suffix(".ll")
+    toolchain.run([toolchain.CLANG, *flags, "-S", "-emit-llvm", source, "-o", ir])
+    code, blocks = instrument(ir.read_text())
+    ir.write_text(code)
+    (out / "blocks.json").write_text(json.dumps(blocks))
+    toolchain.run(
+        [
+            toolchain.CLANG,
+            "-Wno-override-module",
+            "-fPIC",
+            "-O1",
+            *_TARGET,
+            "-Xclang",
+            "-disable-llvm-passes",
+            "-c",
+            ir,
+            "-o",
+            made,
+        ]
+    )
+
+
+def _lint(source: Path, language: list[str], user_files: tuple[str, ...]) -> list[tuple[str, int, str]]:
+    dump = ["-fsyntax-only", "-w", "-Xclang", "-ast-dump", "-fno-color-diagnostics"]
+    done = subprocess.run([toolchain.CLANG, *language, *dump, str(source)], capture_output=True, text=True, check=False)
+    return lint(done.stdout, lambda name: name in user_files) if done.returncode == 0 else []

@@ -1,0 +1,93 @@
+"""What Apple's compiler rejects and clang's C++ for OpenCL lets through, found in clang's AST dump (user text only)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_LOCATION = re.compile(r"(?:^|[<\s,])([^\s<>,:]+):(\d+):(\d+)")
+_NODE = re.compile(r"^[\s|`-]*(\w+) (0x[0-9a-f]+)")
+_CALLEE = re.compile(r" (?:Function|CXXMethod) (0x[0-9a-f]+) '")
+_FUNCTION_NAME = re.compile(r" (\S+) '[^']*'")
+_DOUBLE = re.compile(r"(^|[^\w])(long )?double($|[^\w])")
+_FUNCTIONS = ("FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl")
+_VARIABLES = ("VarDecl", "ParmVarDecl", "FieldDecl")
+_GENERIC_CHECKED = (*_VARIABLES, "CStyleCastExpr", "CXXReinterpretCastExpr", "CXXStaticCastExpr")
+_DOUBLE_CHECKED = (*_VARIABLES, "CStyleCastExpr", "CXXFunctionalCastExpr", "FloatingLiteral")
+
+Fault = tuple[str, int, str]  # file, line, message
+
+
+def lint(ast: str, is_user: Callable[[str], bool]) -> list[Fault]:
+    """Faults of the text in files that `is_user` accepts: address spaces left out, double, goto, recursion ..."""
+    return _Linter(is_user).run(ast)
+
+
+class _Linter:
+    def __init__(self, is_user: Callable[[str], bool]) -> None:
+        self.is_user = is_user
+        self.file, self.line = "", 0
+        self.faults: dict[Fault, None] = {}
+        self.functions: list[tuple[int, str]] = []  # (depth in the dump, address), outermost first
+        self.names: dict[str, Fault] = {}
+        self.calls: dict[str, set[str]] = {}
+
+    def run(self, ast: str) -> list[Fault]:
+        for row in ast.splitlines():
+            m = _NODE.match(row)
+            if m:
+                self._node(row, *m.groups())
+        self._recursions()
+        return list(self.faults)
+
+    def _node(self, row: str, kind: str, address: str) -> None:
+        depth = row.index(kind)
+        for at in _LOCATION.finditer(row.split("'", 1)[0]):
+            self.file = self.file if at.group(1) == "line" else at.group(1)
+            self.line = int(at.group(2))
+        while self.functions and self.functions[-1][0] >= depth:
+            self.functions.pop()
+        if kind in _FUNCTIONS:
+            self.functions.append((depth, address))
+            name = _FUNCTION_NAME.search(row)
+            self.names[address] = (self.file, self.line, name.group(1) if name else "?")
+        callee = _CALLEE.search(row)
+        if self.functions and callee and kind in ("DeclRefExpr", "MemberExpr"):
+            self.calls.setdefault(self.functions[-1][1], set()).add(callee.group(1))
+        if self.is_user(self.file):
+            types = re.findall(r"'([^']*)'", row)
+            message = _fault(kind, types[0] if types else "")
+            if message:
+                self.faults[self.file, self.line, message] = None
+
+    def _recursions(self) -> None:
+        open_now, done = set(), set()
+
+        def visit(function: str) -> None:
+            open_now.add(function)
+            for callee in self.calls.get(function, ()):
+                file, line, name = self.names.get(callee, ("", 0, ""))
+                if callee in open_now and self.is_user(file):
+                    self.faults[file, line, f"recursion through {name}"] = None
+                elif callee not in open_now and callee not in done:
+                    visit(callee)
+            open_now.discard(function)
+            done.add(function)
+
+        for function in list(self.calls):
+            if function not in done:
+                visit(function)
+
+
+def _fault(kind: str, type_name: str) -> str | None:
+    if kind in _GENERIC_CHECKED and "__generic" in type_name:
+        return "pointer or reference without an address space: " + type_name.replace("__generic ", "")
+    if kind in _DOUBLE_CHECKED and _DOUBLE.search(type_name):
+        return "Metal has no double"
+    if kind in ("GotoStmt", "LabelStmt"):
+        return "Metal has no goto"
+    if kind == "LambdaExpr":
+        return "lambda (only in the newest Metal versions)"
+    if kind == "VarDecl" and "__global" in re.sub(r"[^*&]*[*&]", "", type_name):
+        return "a variable with static storage must be in the constant address space"
+    return None
