@@ -1,8 +1,7 @@
 """Products with matrices in ggml blocks, in NumPy: parts are decoded while they are in the cache, BLAS multiplies them.
 
-Many rows of x: as many rows of weights as fit into 8 MB are decoded by all threads, then multiplied at once.
-
-Few rows (one, mostly): threads share the rows of weights. Of K types not even float weights are made:
+Rows of weights are decoded, 8 MB of them or for one row of x what stays in the cache, and multiplied at once. For few
+rows of x (one, mostly) and K types not even float weights are made:
 
     y[n] = sum over sub-blocks g of  scale[n, g] * (codes[n, g] . x[g])  -  min[n, g] * sum(x[g])
 
@@ -12,17 +11,13 @@ Few rows (one, mostly): threads share the rows of weights. Of K types not even f
 - Bytes become float32, which is exact, and each sub-block is one small product `[rows, 16 or 32] @ [16 or 32, M]`; its
   scale multiplies the sum instead of every weight.
 
-Measured with one row of x and one thread on a busy Xeon, in ns a weight: Q6_K 0.75, Q4_K 0.65. Decoding alone takes 1.8
-(`formats.ggml`), a product with float16 weights 1.1.
+Measured with one row of x on a Xeon core that was not idle, in ns a weight: Q6_K 0.75, Q4_K 0.65 (float16 weights 1.1;
+decoding alone, by `formats.ggml`, 1.8). Threads gain nothing: steps of 10 us hand the interpreter's lock to and fro.
 """
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 
@@ -36,7 +31,7 @@ _FEW_ROWS = 16
 _PART_ROWS = 256
 #: Weights of a part: 1 MB of float32, half of a second-level cache.
 _PART = 1 << 18
-#: Weights decoded for one product with many rows of x: 8 MB of float32.
+#: Weights decoded for one product with several rows of x: 8 MB of float32.
 _WIDE_PART = 1 << 21
 #: Bytes of a lane: weights that follow one another, at the same bits of bytes that do.
 _LANE = 32
@@ -58,41 +53,16 @@ def matmul(x: np.ndarray, blocks: np.ndarray, name: str) -> np.ndarray:
     blocks = np.ascontiguousarray(blocks)
     if not y.size or not K:
         y[...] = 0
-    elif M > _FEW_ROWS:
-        _many_rows(x, blocks, name, y)
-    else:
-        _few_rows(x, blocks, name, y)
-    return y
-
-
-def _many_rows(x: np.ndarray, blocks: np.ndarray, name: str, y: np.ndarray) -> None:
-    K = x.shape[1]
-    buffer = np.empty((min(max(_WIDE_PART // K, 1), len(blocks)), K), np.float32)
-    for wide in _row_parts(len(blocks), len(buffer)):
-        rows = blocks[wide]
-        w = buffer[: len(rows)]
-
-        def decode(part: slice, rows: np.ndarray = rows, w: np.ndarray = w) -> None:
-            w[part] = ggml.dequantize(rows[part], name)
-
-        _in_threads(decode, _row_parts(len(rows), max(_PART // K, 1)))
-        np.matmul(x, w.T, out=y[:, wide])
-
-
-def _few_rows(x: np.ndarray, blocks: np.ndarray, name: str, y: np.ndarray) -> None:
-    K = x.shape[1]
-    if name in K_TYPES:
+    elif M <= _FEW_ROWS and name in K_TYPES:
         operand = _Operand(x, name)
-        _in_threads(
-            lambda part: _super_block_product(operand, blocks[part], name, y[:, part]),
-            _row_parts(len(blocks), _PART_ROWS),
-        )
-        return
-
-    def multiply(part: slice) -> None:
-        y[:, part] = x @ ggml.dequantize(blocks[part], name).T
-
-    _in_threads(multiply, _row_parts(len(blocks), min(max(_PART // K, 1), _PART_ROWS)))
+        for rows in _row_parts(len(blocks), _PART_ROWS):
+            _super_block_product(operand, blocks[rows], name, y[:, rows])
+    else:
+        # A product of two matrices ends with BLAS's threads waiting for each other, so few and large ones.
+        part = _PART if M == 1 else _WIDE_PART
+        for rows in _row_parts(len(blocks), max(part // K, 1)):
+            np.matmul(x, ggml.dequantize(blocks[rows], name).T, out=y[:, rows])
+    return y
 
 
 class _Operand:
@@ -191,35 +161,3 @@ def _lanes(blocks: np.ndarray, at: int, n_bytes: int) -> np.ndarray:
 
 def _row_parts(n_rows: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, n_rows)) for start in range(0, n_rows, step)]
-
-
-def _in_threads(compute: Callable[[slice], None], parts: Iterable[slice]) -> None:
-    """Run `compute` for each part; several parts in threads that are kept, since a product takes a millisecond."""
-
-    def run(part: slice) -> None:
-        # What to say of infinities is a setting of each thread.
-        with np.errstate(over="ignore", invalid="ignore"):
-            compute(part)
-
-    parts = list(parts)
-    if len(parts) == 1 or _n_threads() == 1:
-        for part in parts:
-            run(part)
-        return
-    for _ in _threads().map(run, parts):
-        pass
-
-
-@cache
-def _n_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(_n_threads(), thread_name_prefix="mlxq-blocks")
-
-
-# A process that was forked has the executor, but not its threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_threads.cache_clear)

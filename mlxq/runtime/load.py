@@ -17,6 +17,7 @@ from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.config import context_length, eos_token_ids
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import GenerationError
+from mlxq.formats.geometry import BLOCK_FORMATS, affine_bytes
 from mlxq.ops.dispatch import Call, choose
 from mlxq.runtime import generate as _generate
 from mlxq.runtime.layers import install_layers
@@ -125,7 +126,7 @@ def load(
         parameter_map = ParameterMap(checkpoint)
         tokenizer = load_tokenizer(checkpoint)
         module = parameter_map.model
-        install_layers(module, parameter_map.tensors)
+        install_layers(module, parameter_map.tensors, compact=_should_be_compact(parameter_map))
         dtype = default_compute_dtype(parameter_map)
         nbytes = load_parameters(
             module,
@@ -143,5 +144,15 @@ def _should_widen(parameter_map: ParameterMap, dtype: mx.Dtype | None) -> bool:
     """Whether float matrices become float32, too: if activations are, and it takes less than a quarter of memory."""
     if not is_float32(dtype):
         return False
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return 4 * matrix_size(parameter_map) <= memory // 4
+    return 4 * matrix_size(parameter_map) <= _memory() // 4
+
+
+def _should_be_compact(parameter_map: ParameterMap) -> bool:
+    """Whether blocks that have an affine grid stay blocks: if their grids would take more than half of memory."""
+    grids = [i for i in parameter_map.tensors.values() if i.spec is not None and i.dtype in BLOCK_FORMATS]
+    return sum(affine_bytes(i.shape, i.spec, "F32") for i in grids) > _memory() // 2
+
+
+def _memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

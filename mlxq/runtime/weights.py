@@ -4,7 +4,7 @@ On a GPU parameters keep their stored dtype (a GGUF's get one, see `default_comp
 float32 except big float matrices: mlx's CPU kernels are 9 times slower in bfloat16 and 40 times in float16 than in
 float32, whereas `ops.matmul` widens a stored half-precision matrix while it is in the cache.
 
-Matrices in ggml blocks that are no affine grid (Q6_K, say) stay in their blocks on the CPU (see `layers.keeps_blocks`).
+Matrices in ggml blocks that are no affine grid (Q6_K, say) stay in their blocks on the CPU (`layers.keeps_blocks`).
 Where nothing computes with blocks, on a GPU or with `MLXQ_BACKEND=mlx`, they are decoded: on a GPU to the compute
 dtype, else to float32, or where memory does not allow that to float16, a relative error of 2^-12 at most, far below
 what the blocks lost.

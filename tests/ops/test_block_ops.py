@@ -1,5 +1,7 @@
 """Products with weights that stay in ggml blocks: both back ends against float64, every type, every error."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -61,14 +63,12 @@ def test_every_type_is_multiplied_by_both_back_ends(name, dtype):
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q5_K", "Q6_K", "IQ3_S"])
 @pytest.mark.parametrize("M", [1, 2, 20])
-@pytest.mark.parametrize("threads", [1, 3])
-def test_matrices_of_several_parts_in_both_directions(monkeypatch, name, M, threads):
+def test_matrices_of_several_parts_in_both_directions(monkeypatch, name, M):
     # 23 rows in parts of 5, and 5 blocks in parts of 2; many rows of x are multiplied with 8 rows of weights at a time.
     monkeypatch.setattr(block_products, "_PART_ROWS", 5)
     monkeypatch.setattr(block_products, "_PART", 2 * 256 * 5)
     monkeypatch.setattr(block_products, "_WIDE_PART", 8 * 1280)
     monkeypatch.setattr(block_products, "_scratch", block_products._Scratch())
-    monkeypatch.setattr(block_products, "_n_threads", lambda: threads)
     blocks = random_blocks(name, (23, 1280))
     x = normal((M, 1280), 1)
     y, magnitude = exact(x, blocks, name)
@@ -139,6 +139,16 @@ def test_gathered_products_go_to_their_experts(backend, name, batch, index_shape
 def test_no_rows_give_no_rows(backend, M, N):
     blocks = np.zeros((N, 210), np.uint8)
     assert ops.block_matmul(np.zeros((M, 256), np.float32), blocks, type_name="Q6_K", backend=backend).shape == (M, N)
+
+
+def test_several_threads_multiply_at_once():
+    blocks = random_blocks("Q6_K", (64, 2048))
+    rows = normal((8, 1, 2048), 1)
+    expected = [ops.block_matmul(x, blocks, type_name="Q6_K") for x in rows]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5):
+            results = list(pool.map(lambda x: ops.block_matmul(x, blocks, type_name="Q6_K"), rows))
+            assert np.array_equal(results, expected)
 
 
 @pytest.mark.parametrize("M", [1, 17])

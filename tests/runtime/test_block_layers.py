@@ -16,13 +16,12 @@ from random_blocks import BLOCK_TYPES, random_blocks
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import import_private
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.formats.superblocks import K_TYPES
-from mlxq.runtime import layers, weights
+from mlxq.runtime import layers, load, weights
 from mlxq.runtime.blocks import StreamedModel
 
 HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 512, 300, 4, 2, 4
-#: Those that are no affine grid, or one only with float32 scales.
-KEPT = [t for t in BLOCK_TYPES if t in K_TYPES or t.startswith(("IQ1", "IQ2", "IQ3")) or t == "NVFP4"]
+#: Those that are no affine grid.
+KEPT = [t for t in BLOCK_TYPES if t.startswith(("IQ1", "IQ2", "IQ3")) or t in ("Q2_K", "Q3_K", "Q6_K", "NVFP4")]
 PROMPT = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(20)]
 
 
@@ -78,8 +77,8 @@ def matrices(source: ParameterMap) -> list[str]:
     return [n for n, i in source.tensors.items() if i.module in ("linear", "embedding", "switch") and i.dtype != "F32"]
 
 
-def loaded(source: ParameterMap) -> nn.Module:
-    layers.install_layers(source.model, source.tensors)
+def loaded(source: ParameterMap, compact: bool = False) -> nn.Module:
+    layers.install_layers(source.model, source.tensors, compact=compact)
     weights.load_parameters(source.model, "", source, compute_dtype=mx.float32)
     return source.model
 
@@ -103,29 +102,30 @@ def assert_same(logits: np.ndarray, expected: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("compact", [False, True], ids=["grids", "compact"])
 @pytest.mark.parametrize("type_name", BLOCK_TYPES)
-def test_logits_are_those_of_decoded_weights(tmp_path, monkeypatch, type_name, tied):
+def test_logits_are_those_of_decoded_weights(tmp_path, monkeypatch, type_name, compact, tied):
     monkeypatch.delenv("MLXQ_BACKEND", raising=False)
     path = write(tmp_path / "m.gguf", type_name, tied=tied)
     with open_checkpoint(path) as checkpoint:
         source = ParameterMap(checkpoint)
-        model = loaded(source)
+        model = loaded(source, compact)
         kept = {n for n, m in model.named_modules() if isinstance(m, layers.BlockLayer)}
         wanted = {n.rpartition(".")[0] for n in matrices(source)}
-        assert kept == (wanted if type_name in KEPT else set())
+        assert kept == (wanted if compact or type_name in KEPT else set())
         expected = decoded(source)
         # A prompt, and one row.
         for tokens in (PROMPT, PROMPT[:1]):
             assert_same(logits_of(model, tokens), logits_of(expected, tokens))
 
 
-@pytest.mark.parametrize("type_name", KEPT)
+@pytest.mark.parametrize("type_name", [*KEPT, "Q4_K", "IQ4_NL"])
 def test_experts(tmp_path, monkeypatch, type_name):
     monkeypatch.delenv("MLXQ_BACKEND", raising=False)
     path = write(tmp_path / "m.gguf", type_name, "qwen3moe")
     with open_checkpoint(path) as checkpoint:
         source = ParameterMap(checkpoint)
-        model = loaded(source)
+        model = loaded(source, compact=True)
         assert isinstance(model.model.layers[0].mlp.switch_mlp.up_proj, layers.BlockSwitchLinear)
         # 40 rows of 2 experts each are sorted by expert, 20 are not.
         for tokens in (PROMPT * 2, PROMPT, PROMPT[:1]):
@@ -159,7 +159,7 @@ def test_blocks_are_held_as_they_are_stored(tmp_path, monkeypatch):
         assert weights.matrix_size(source) == 0
 
 
-@pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "IQ2_S"])
+@pytest.mark.parametrize("type_name", ["Q2_K", "Q6_K", "IQ2_S"])
 def test_the_streamed_model_computes_with_blocks(tmp_path, monkeypatch, type_name):
     monkeypatch.delenv("MLXQ_BACKEND", raising=False)
     with open_checkpoint(write(tmp_path / "m.gguf", type_name, tied=True)) as checkpoint:
@@ -193,6 +193,21 @@ def test_on_a_gpu_blocks_are_decoded_to_the_compute_dtype(tmp_path, type_name):
             assert np.array_equal(np.array(held[name]), source.read(name).astype(np.float16))
 
 
+@pytest.mark.parametrize("memory", [1 << 20, 1 << 34])
+def test_grids_are_given_up_where_memory_is_scarce(tmp_path, monkeypatch, memory):
+    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+    monkeypatch.setattr(load, "_memory", lambda: memory)
+    with open_checkpoint(write(tmp_path / "m.gguf", "Q4_K")) as checkpoint:
+        source = ParameterMap(checkpoint)
+        # 1.4 M weights of 6 bits are more than half a MiB.
+        compact = load._should_be_compact(source)
+        assert compact == (memory == 1 << 20)
+        layers.install_layers(source.model, source.tensors, compact=compact)
+        nbytes = weights.load_parameters(source.model, "", source, compute_dtype=mx.float32)
+    stored = sum(info.nbytes for info in source.tensors.values())
+    assert nbytes == stored if compact else nbytes > 1.3 * stored
+
+
 def test_biases_are_added():
     linear = nn.Linear(256, 3)
     blocks = random_blocks("Q6_K", (3, 256))
@@ -218,8 +233,7 @@ def test_a_real_model():
     with open_checkpoint(path) as checkpoint:
         source = ParameterMap(checkpoint)
         model = loaded(source)
-        types = {m.type_name for m in model.modules() if isinstance(m, layers.BlockLayer)}
-        assert types == {"Q4_K", "Q6_K"}
+        assert {m.type_name for m in model.modules() if isinstance(m, layers.BlockLayer)} == {"Q6_K"}
         # The capital of France is
         tokens = [2, 818, 5279, 529, 7001, 563]
         logits, expected = logits_of(model, tokens), logits_of(decoded(source), tokens)
