@@ -1,0 +1,60 @@
+"""The fixture `metal`: kernels run on the real Metal where there is one, else in the checker on the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import metal_on_cpu
+import mlx.core as mx
+import pytest
+
+
+class Metal:
+    """What runs the kernels of a test.
+
+    Attributes:
+        real: Apple's Metal runs them, nothing is checked and no report is made.
+        launches: kernel name and report of each launch so far.
+    """
+
+    def __init__(self, real: bool) -> None:
+        self.real = real
+        self.launches: list[tuple[str, metal_on_cpu.Report]] = []
+
+    @property
+    def report(self) -> metal_on_cpu.Report:
+        """Of the last launch."""
+        return self.launches[-1][1]
+
+    def options(self, **changes: object) -> contextlib.AbstractContextManager[None]:
+        """Other options of the checker (`metal_on_cpu.Options`) inside the context; the real Metal has none."""
+        return contextlib.nullcontext() if self.real else metal_on_cpu.options(**changes)
+
+
+@pytest.fixture
+def checker() -> None:
+    """Skips, and in CI fails, where the checker cannot run."""
+    reason = metal_on_cpu.unavailable()
+    if reason and os.environ.get("CI") and not mx.metal.is_available():
+        pytest.fail(reason)
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def metal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
+    """`mx.fast.metal_kernel` works: off a Mac it is the checker's, and a finding of the checker raises `MslError`.
+
+    Off a Mac the checker's runs each kernel as its call is made: such a call cannot be inside `mx.compile`.
+    """
+    if mx.metal.is_available():
+        yield Metal(real=True)
+        return
+    request.getfixturevalue("checker")
+    runs = Metal(real=False)
+    monkeypatch.setattr(mx.fast, "metal_kernel", metal_on_cpu.metal_kernel)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    with metal_on_cpu.options(record=runs.launches):
+        yield runs
