@@ -47,19 +47,16 @@ def candidates(spec: QuantSpec) -> tuple[str, ...]:
 def exact_types(q: QuantizedTensor) -> frozenset[str]:
     """The block types that hold these rows, `[..., K]`, without changing a decoded weight."""
     s, b = (_per_block(a, q.dtype, q.spec) for a in (q.scales, q.biases))
-    if not _is_float16(s).all():
-        s = _without_idle_scales(s, _codes(q))
-    found = set()
-    for name in candidates(q.spec):
-        if name in K_TYPES:
-            fits = s.shape[-1] % 8 == 0 and _factor(s) is not None and _factor(-b) is not None
-        elif name in _ZERO:
-            fits = bool(_is_float16(s).all() and (b == -_ZERO[name] * s).all())
-        else:
-            fits = bool(_is_float16(s).all() and _is_float16(b).all())
-        if fits:
-            found.add(name)
-    return frozenset(found)
+    idle = _idle(q)
+    return frozenset(name for name in candidates(q.spec) if _holds(_stored_scales(s, b, idle, name), b, name))
+
+
+def _holds(s: np.ndarray, b: np.ndarray, name: str) -> bool:
+    if name in K_TYPES:
+        return s.shape[-1] % 8 == 0 and _factor(s) is not None and _factor(-b) is not None
+    with np.errstate(over="ignore"):
+        offsets = b == -_ZERO[name] * s if name in _ZERO else _is_float16(b)
+    return bool(offsets.all() and _is_float16(s).all())
 
 
 def from_affine(q: QuantizedTensor, name: str) -> np.ndarray:
@@ -80,10 +77,8 @@ def from_affine(q: QuantizedTensor, name: str) -> np.ndarray:
         raise FormatError(f"{q.spec} codes cannot be {name} blocks: the types are {', '.join(candidates(q.spec))}")
     codes = _codes(q)
     s, b = (_per_block(a, q.dtype, q.spec) for a in (q.scales, q.biases))
-    if name in K_TYPES:
-        blocks = _super_blocks(codes, _without_idle_scales(s, codes), b, name)
-    else:
-        blocks = _blocks(codes, s, b, name)
+    s = _stored_scales(s, b, _idle(q), name)
+    blocks = (_super_blocks if name in K_TYPES else _blocks)(codes, s, b, name)
     return blocks.reshape(*q.shape[:-1], -1)
 
 
@@ -92,12 +87,23 @@ def _codes(q: QuantizedTensor) -> np.ndarray:
     return unpack(q.w_q.reshape(-1, q.w_q.shape[-1]), q.spec.bits, q.shape[-1])
 
 
-def _without_idle_scales(s: np.ndarray, codes: np.ndarray) -> np.ndarray:
-    """Scales per block, 0 where all codes of the block are: there any scale decodes to the same weights.
+def _idle(q: QuantizedTensor) -> np.ndarray:
+    """Blocks all of whose codes are 0, bool `[rows, K // 32]`: 32 codes fill as many words as they have bits."""
+    words = q.w_q.reshape(-1, q.shape[-1] // _BLOCK, q.spec.bits)
+    return ~words.any(axis=-1)
 
-    `mx.quantize` gives constant groups the scale 1e-7, which is no float16.
+
+def _stored_scales(s: np.ndarray, b: np.ndarray, idle: np.ndarray, name: str) -> np.ndarray:
+    """The scales that blocks of this type have: in idle blocks any scale goes that leaves the offset as it is.
+
+    `mx.quantize` gives constant groups the scale 1e-7, which is no float16 and shares no factor with others.
     """
-    return np.where(codes.reshape(*s.shape, _BLOCK).any(axis=-1), s, np.float32(0))
+    idle = idle & np.isfinite(s)
+    if name in _ZERO:
+        return np.where(idle, b / np.float32(-_ZERO[name]), s)
+    if name not in K_TYPES:
+        idle &= ~_is_float16(s)
+    return np.where(idle, np.float32(0), s)
 
 
 def _per_block(values: np.ndarray, dtype: str, spec: QuantSpec) -> np.ndarray:
@@ -108,7 +114,8 @@ def _per_block(values: np.ndarray, dtype: str, spec: QuantSpec) -> np.ndarray:
 
 def _is_float16(values: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return values.astype(np.float16).astype(np.float32) == values
+        half = values.astype(np.float16)
+    return np.isfinite(half) & (half.astype(np.float32) == values)
 
 
 def _float16(values: np.ndarray, what: str) -> np.ndarray:

@@ -59,7 +59,11 @@ def quantize(w: np.ndarray, spec: QuantSpec, dtype: str, importance: np.ndarray 
         bits = with_integers if name.endswith("_K") else alone
         blocks = ggml_asymmetric.quantize(np.ascontiguousarray(rows), name, importance, step_bits=bits)
     q = ggml.to_affine(blocks, name)
-    parts = (floats.from_float32(floats.to_float32(a, q.dtype), dtype) for a in (q.scales, q.biases))
+    parts = [floats.from_float32(floats.to_float32(a, q.dtype), dtype) for a in (q.scales, q.biases)]
+    if not all(floats.all_finite(a) for a in parts):
+        raise FormatError(
+            f"the scales of weights as large as {np.abs(rows).max():g} exceed {dtype}; choose another dtype"
+        )
     w_q, scales, biases = (a.reshape(*w.shape[:-1], a.shape[-1]) for a in (q.w_q, *parts))
     return QuantizedTensor(w_q, scales, biases, spec, w.shape, dtype)
 
@@ -68,12 +72,13 @@ def _q8_0(rows: np.ndarray, step_bits: int) -> np.ndarray:
     """Q8_0 blocks whose `d` has few bits: rounded up, so that the largest weight still has a code."""
     groups = rows.reshape(-1, _BLOCK)
     mantissa, exponent = np.frexp(np.abs(groups).max(axis=1) / np.float32(127))
-    d = np.ldexp(np.ceil(np.ldexp(mantissa, step_bits)), exponent - step_bits)
+    # Below float16's normal numbers there are fewer bits still: all are multiples of the smallest.
+    bits = np.minimum(step_bits, exponent + 24)
+    d = np.ldexp(np.ceil(np.ldexp(mantissa, bits)), exponent - bits)
     with np.errstate(over="ignore"):
         stored = d.astype("<f2")
     if not np.isfinite(stored).all():
         raise FormatError(f"weights as large as {np.abs(rows).max():g} have a step beyond float16")
-    # A step below float16's normal numbers has fewer bits still; codes are for the step that is stored.
     step = stored.astype(np.float32)
     inverse = np.where(step > 0, 1 / np.where(step > 0, step, 1), 0)[:, None]
     codes = np.clip(np.rint(groups * inverse), -127, 127).astype(np.int8)

@@ -110,18 +110,39 @@ def test_scales_beyond_float16_are_refused_and_fine_ones_not_called_exact():
     assert types(fine) == set()
 
 
-@pytest.mark.parametrize("name", ["Q4_1", "Q4_K"])
-def test_a_scale_that_no_code_multiplies_does_not_matter(name):
-    """`mx.quantize` gives constant groups 1e-7, which is no float16."""
-    s, b = (np.full((ROWS, K // 32), v, np.float32) for v in (0.25, 0.5))
-    s[:, ::3] = 1e-7
-    q = grid(4, 32, "F32", scales=s, biases=b)
-    assert name not in types(q)
-    codes = unpack(q.w_q, 4, K).reshape(ROWS, -1, 32)
+@pytest.mark.parametrize(("bits", "name"), [(4, "Q4_1"), (4, "Q4_K"), (4, "Q4_0"), (5, "Q5_0"), (8, "Q8_0")])
+@pytest.mark.parametrize("idle", [1e-7, -1e-7, 0.375, 1e6])
+def test_a_scale_that_no_code_multiplies_does_not_matter(bits, name, idle):
+    """`mx.quantize` gives constant groups 1e-7, which is no float16; a group of zeros has no offset beside it."""
+    s = np.full((ROWS, K // 32), 0.25, np.float32)
+    b = -(2 ** (bits - 1)) * s
+    s[:, ::3], b[:, ::3] = idle, 0
+    b[1, ::3] = -0.5
+    q = grid(bits, 32, "F32", scales=s, biases=b)
+    if idle != 0.375:
+        assert name not in types(q)
+    codes = unpack(q.w_q, bits, K).reshape(ROWS, -1, 32)
     codes[:, ::3] = 0
-    q = replace(q, w_q=pack(codes.reshape(ROWS, K), 4))
+    q = replace(q, w_q=pack(codes.reshape(ROWS, K), bits))
     assert name in types(q)
-    np.testing.assert_array_equal(by_gguf(crossings.from_affine(q, name), name), decoded(q))
+    blocks = crossings.from_affine(q, name)
+    np.testing.assert_array_equal(by_gguf(blocks, name), decoded(q))
+    # What a block becomes does not depend on which others are looked at with it.
+    parts = [crossings.from_affine(replace(q, **rows(q, i), shape=(1, K)), name) for i in range(ROWS)]
+    np.testing.assert_array_equal(np.concatenate(parts), blocks)
+
+
+def rows(q, i):
+    return {part: getattr(q, part)[i : i + 1] for part in ("w_q", "scales", "biases")}
+
+
+def test_a_scale_that_is_not_finite_is_never_left_out():
+    s = np.full((ROWS, K // 32), 0.25, np.float32)
+    s[2, 3] = np.inf
+    q = grid(4, 32, "F32", scales=s, biases=-8 * np.where(np.isfinite(s), s, 0).astype(np.float32))
+    codes = unpack(q.w_q, 4, K).reshape(ROWS, -1, 32)
+    codes[2, 3] = 0
+    assert types(replace(q, w_q=pack(codes.reshape(ROWS, K), 4))) == set()
 
 
 def test_six_bits_have_no_block_type():
