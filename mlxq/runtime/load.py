@@ -106,7 +106,9 @@ def load(
     """Load a model to run it.
 
     Parameters are evaluated before this returns, so a model loaded in one thread works in all. On the CPU activations
-    are float32; on a GPU they have the model's own dtype (see `weights.default_compute_dtype`).
+    are float32; on a GPU they have the model's own dtype (see `weights.default_compute_dtype`). Matrices of a GGUF file
+    whose type MLX's affine grids cannot hold (Q6_K, say) stay in their blocks on the CPU; on a GPU they are decoded to
+    the dtype of the activations.
 
     Args:
         source: a directory (float, or quantized by MLX), a `.gguf` file, or a Hub id `org/name`.

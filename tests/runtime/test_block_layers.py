@@ -10,19 +10,34 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from gguf_models import add_byte_tokenizer
 from mlx.utils import tree_flatten
 from random_blocks import BLOCK_TYPES, random_blocks
 
+import mlxq
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import import_private
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.runtime import layers, load, weights
+from mlxq.runtime import attention, layers, load, weights
 from mlxq.runtime.blocks import StreamedModel
 
-HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 512, 300, 4, 2, 4
+#: The vocabulary is `add_byte_tokenizer`'s.
+HIDDEN, FFN, VOCAB, HEADS, KV_HEADS, EXPERTS = 256, 512, 261, 4, 2, 4
 #: Those that are no affine grid.
 KEPT = [t for t in BLOCK_TYPES if t.startswith(("IQ1", "IQ2", "IQ3")) or t in ("Q2_K", "Q3_K", "Q6_K", "NVFP4")]
 PROMPT = [(7 * i * i + 3 * i + 11) % VOCAB for i in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _on_the_cpu(request, monkeypatch):
+    """Blocks are computed with on the CPU alone, also where there is a GPU."""
+    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    if not (attention.on_cpu() or "accelerator" in request.fixturenames):
+        pytest.skip("this run pretends that the device is a GPU")
+    yield
+    mx.set_default_device(device)
 
 
 def shapes(arch: str, tied: bool) -> dict[str, tuple[int, ...]]:
@@ -50,6 +65,7 @@ def write(path: Path, type_name: str, arch: str = "llama", tied: bool = False) -
     writer.add_rope_freq_base(10000.0)
     writer.add_key_length(HIDDEN // HEADS)
     writer.add_value_length(HIDDEN // HEADS)
+    assert add_byte_tokenizer(writer) == VOCAB
     norms = {"output_norm": HIDDEN} | {f"blk.{i}.{n}_norm": HIDDEN for i in range(2) for n in ("attn", "ffn")}
     if arch == "qwen3moe":
         writer.add_expert_count(EXPERTS)
@@ -104,8 +120,7 @@ def assert_same(logits: np.ndarray, expected: np.ndarray) -> None:
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("compact", [False, True], ids=["grids", "compact"])
 @pytest.mark.parametrize("type_name", BLOCK_TYPES)
-def test_logits_are_those_of_decoded_weights(tmp_path, monkeypatch, type_name, compact, tied):
-    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+def test_logits_are_those_of_decoded_weights(tmp_path, type_name, compact, tied):
     path = write(tmp_path / "m.gguf", type_name, tied=tied)
     with open_checkpoint(path) as checkpoint:
         source = ParameterMap(checkpoint)
@@ -120,8 +135,7 @@ def test_logits_are_those_of_decoded_weights(tmp_path, monkeypatch, type_name, c
 
 
 @pytest.mark.parametrize("type_name", [*KEPT, "Q4_K", "IQ4_NL"])
-def test_experts(tmp_path, monkeypatch, type_name):
-    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+def test_experts(tmp_path, type_name):
     path = write(tmp_path / "m.gguf", type_name, "qwen3moe")
     with open_checkpoint(path) as checkpoint:
         source = ParameterMap(checkpoint)
@@ -144,8 +158,7 @@ def test_another_back_end_may_be_asked_for(tmp_path, monkeypatch, backend, block
         assert np.linalg.norm(error) <= (2e-5 if blocks else 2e-3) * np.linalg.norm(expected)
 
 
-def test_blocks_are_held_as_they_are_stored(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
+def test_blocks_are_held_as_they_are_stored(tmp_path):
     with open_checkpoint(write(tmp_path / "m.gguf", "Q3_K")) as checkpoint:
         source = ParameterMap(checkpoint)
         layers.install_layers(source.model, source.tensors)
@@ -161,7 +174,6 @@ def test_blocks_are_held_as_they_are_stored(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("type_name", ["Q2_K", "Q6_K", "IQ2_S"])
 def test_the_streamed_model_computes_with_blocks(tmp_path, monkeypatch, type_name):
-    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
     with open_checkpoint(write(tmp_path / "m.gguf", type_name, tied=True)) as checkpoint:
         source = ParameterMap(checkpoint)
         reads = []
@@ -193,9 +205,23 @@ def test_on_a_gpu_blocks_are_decoded_to_the_compute_dtype(tmp_path, type_name):
             assert np.array_equal(np.array(held[name]), source.read(name).astype(np.float16))
 
 
+@pytest.mark.parametrize("type_name", ["Q3_K", "IQ1_S"])
+def test_a_loaded_model_generates_and_says_what_it_holds(tmp_path, type_name):
+    path = write(tmp_path / "m.gguf", type_name, tied=True)
+    with mlxq.load(path) as model:
+        with open_checkpoint(path) as checkpoint:
+            assert model.nbytes == sum(info.nbytes for info in checkpoint.tensors.values())
+            expected = decoded(ParameterMap(checkpoint))
+        ids = model.encode("hello", chat_template=False)
+        result = model.generate("hello", max_tokens=5, temperature=0.0, chat_template=False, stop_tokens=())
+        for token in result.token_ids:
+            assert token == logits_of(expected, ids)[-1].argmax()
+            ids.append(token)
+        assert len(result.token_ids) == 5
+
+
 @pytest.mark.parametrize("memory", [1 << 20, 1 << 34])
 def test_grids_are_given_up_where_memory_is_scarce(tmp_path, monkeypatch, memory):
-    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
     monkeypatch.setattr(load, "_memory", lambda: memory)
     with open_checkpoint(write(tmp_path / "m.gguf", "Q4_K")) as checkpoint:
         source = ParameterMap(checkpoint)
