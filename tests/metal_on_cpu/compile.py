@@ -19,6 +19,7 @@ from metal_on_cpu.counting import instrument
 from metal_on_cpu.lint import lint
 from metal_on_cpu.tokens import MslError
 from metal_on_cpu.translate import translate
+from metal_on_cpu.widths import access_widths
 
 _LANGUAGE = [
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-fdeclspec", "-nostdinc"),
@@ -118,9 +119,11 @@ def _object(source: Path, flags: list[str], out: Path, count: bool) -> None:
     if not count:
         toolchain.run([toolchain.CLANG, *flags, "-c", source, "-o", made])
         return
-    ir = source.with_suffix(".ll")
-    toolchain.run([toolchain.CLANG, *flags, "-S", "-emit-llvm", source, "-o", ir])
-    code, blocks = instrument(ir.read_text())
+    ir, plain = source.with_suffix(".ll"), source.with_suffix(".plain.ll")
+    emit = ["-S", "-emit-llvm", source, "-o"]
+    toolchain.run([toolchain.CLANG, *flags, *emit, ir])
+    toolchain.run([toolchain.CLANG, *flags, "-fno-sanitize=all", "-Xclang", "-disable-llvm-passes", *emit, plain])
+    code, blocks = instrument(ir.read_text(), access_widths(plain.read_text()))
     ir.write_text(code)
     (out / "blocks.json").write_text(json.dumps(blocks))
     toolchain.run(

@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+from metal_on_cpu.widths import Place, Places
+
 CLASSES = ("int", "float", "convert", "math", "resize", "address", "branch", "simd", "barrier")
 
 _CLASS_OF = {
@@ -38,28 +40,55 @@ _VECTOR = re.compile(r"<(\d+) x ")
 _VALUE = re.compile(r"%[\w.]+")
 #: The shim's functions of a SIMD-group, kept out of line in this mode: their insides are not the kernel's.
 _SIMD_FUNCTION = re.compile(r"^_ZN5metal\d+(?:(?:simd|quad)_|simdgroup_multiply)|^_Z\d+__metal_simd_")
+_SANITIZED = re.compile(r"^  (?:tail )?call void @__tsan_(unaligned_)?(read|write)(\d+)\((ptr .*)\)(.*)$")
 _UNCOUNTED = re.compile(r"^__msl_entry$|^tsan\.")
 
 
-def instrument(ir: str) -> tuple[str, list[dict[str, int]]]:
-    """LLVM text with a call `__msl_block(i)` in every block of the kernel's functions, and what each block i holds."""
+def instrument(ir: str, widths: dict[Place, int]) -> tuple[str, list[dict[str, int]]]:
+    """LLVM text with a call `__msl_block(i)` in every block of the kernel's functions, and what each block i holds.
+
+    Accesses are told the width that the text asks for at their place (`widths`, from `access_widths`).
+    """
     out: list[str] = []
     blocks: list[dict[str, int]] = []
     body: list[str] | None = None
     name = ""
+    access = _Accesses(ir, widths)
     for line in ir.split("\n"):
         define = _DEFINE.match(line)
         if define:
             name, body = define.group(1).strip('"'), []
         elif line == "}" and body is not None:
             counted = not _UNCOUNTED.match(name) and not _SIMD_FUNCTION.match(name)
+            body = [access(line) for line in body]
             out += _instrument_function(body, blocks) if counted else body
             body = None
         elif body is not None:
             body.append(line)
             continue
         out.append(line)
-    return "\n".join(out) + "\ndeclare void @__msl_block(i32)\n", blocks
+    declared = "declare void @__msl_block(i32)\ndeclare void @__msl_access(ptr, i32, i32, i32)\n"
+    return "\n".join([*out, declared]), blocks
+
+
+class _Accesses:
+    """Puts `__msl_access(pointer, size and kind, place, width)` in the place of the thread sanitizer's calls."""
+
+    def __init__(self, ir: str, widths: dict[Place, int]) -> None:
+        self.places = Places(ir)
+        self.widths = widths
+        self.numbers: dict[Place, int] = {}
+
+    def __call__(self, line: str) -> str:
+        m = _SANITIZED.match(line)
+        if not m:
+            return line
+        unaligned, kind, size, pointer, rest = m.groups()
+        place = self.places.of(line)
+        number = self.numbers.setdefault(place, len(self.numbers) + 1) if place else 0
+        what = int(size) | (kind == "write") << 8 | bool(unaligned) << 9
+        width = self.widths.get(place, 0)
+        return f"  call void @__msl_access({pointer}, i32 {what}, i32 {number}, i32 {width}){rest}"
 
 
 def _instrument_function(body: list[str], blocks: list[dict[str, int]]) -> list[str]:

@@ -34,6 +34,7 @@ struct Touch {
   uint32_t size;
   bool write, atomic;
   uint64_t pc;
+  uint32_t place, width;  // in the source, and how many bytes the text accesses there; 0: not known
 };
 
 static void check_against_write(const Touch& t, const Epoch& w, int space) {
@@ -145,11 +146,27 @@ static int region_of(uint64_t a) {
   return NO_REGION;
 }
 
+// Adds an access to an earlier piece of the same one: the optimizer splits those of vectors.
+static bool join(const Touch& t, uint64_t address) {
+  auto& log = current->log;
+  for (size_t i = log.size(); t.place && i > 0 && i + 16 > log.size(); i--) {
+    Access& a = log[i - 1];
+    if (a.place != t.place || a.write != t.write || a.region != t.region || a.size + t.size > t.width) continue;
+    if (a.address + a.size != address && address + t.size != a.address) continue;
+    a.address = std::min(a.address, address);
+    a.size += t.size;
+    return true;
+  }
+  return false;
+}
+
 static void count_access(Region& r, const Touch& t) {
+  uint64_t address = (uint64_t)r.low + t.offset;
+  bool joined = join(t, address);
   if (t.write) {
-    r.stores++, r.store_bytes += t.size;
+    r.stores += !joined, r.store_bytes += t.size;
   } else {
-    r.loads++, r.load_bytes += t.size;
+    r.loads += !joined, r.load_bytes += t.size;
   }
   if (r.kind == THREADGROUP) return;
   if (t.write) {
@@ -159,13 +176,13 @@ static void count_access(Region& r, const Touch& t) {
     for (uint64_t k = t.offset >> 7; k <= (t.offset + t.size - 1) >> 7; k++)
       if (r.line_threadgroup[k] != threadgroup_now) r.line_threadgroup[k] = threadgroup_now, r.threadgroup_lines++;
   }
-  uint64_t address = (uint64_t)r.low + t.offset;
-  current->log.push_back({address, pc_offset(t.pc), (uint8_t)t.size, t.write, (uint8_t)t.region});
+  if (joined) return;
+  current->log.push_back({address, pc_offset(t.pc), t.place, (uint8_t)t.size, t.write, (uint8_t)t.region});
   logged++;
 }
 
 static __attribute__((noinline)) void on_access(uint64_t a, uint32_t size, bool write, bool atomic, uint64_t pc,
-                                                uint32_t alignment) {
+                                                uint32_t alignment, uint32_t place = 0, uint32_t width = 0) {
   Lane* l = current;
   if (!l) return;
   last_pc = pc;
@@ -189,7 +206,7 @@ static __attribute__((noinline)) void on_access(uint64_t a, uint32_t size, bool 
   }
   if (!write && r.kind == DEVICE_OUT && !config.initialized && !is_marked(r.written, offset, size))
     finding(UNINITIALIZED_OUTPUT, pc, 0, index, offset, size);
-  Touch t{r, index, offset, size, write, atomic, pc};
+  Touch t{r, index, offset, size, write, atomic, pc, place, width};
   count_access(r, t);
   if (r.kind == DEVICE_OUT || r.kind == THREADGROUP) check_races(t);
 }

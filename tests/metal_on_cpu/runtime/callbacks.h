@@ -102,9 +102,16 @@ uint32_t __msl_atomic32(uint32_t op, void* p, uint32_t v, uint32_t expected) {
   void __tsan_read_write##n(void* a) { READ(n, 1), WRITE(n, 1); } \
   void __tsan_unaligned_read_write##n(void* a) { READ(n, 1), WRITE(n, 1); }
 HOOKS(1)
-HOOKS(2) HOOKS(4) HOOKS(8) HOOKS(16)
+HOOKS(2)
+HOOKS(4) HOOKS(8) HOOKS(16)
 
-    static void on_range(uint64_t a, uint64_t n, bool write, uint64_t pc) {
+    // Mode `count` (counting.py): the same with the place in the source and the width that the text asks for there.
+    void __msl_access(void* a, uint32_t what, uint32_t place, uint32_t width) {
+  uint32_t size = what & 255, alignment = what & 512 ? 1 : size > 8 ? 8 : size;
+  on_access((uint64_t)a, size, what & 256, false, RETURN_PC, alignment, place, width);
+}
+
+static void on_range(uint64_t a, uint64_t n, bool write, uint64_t pc) {
   for (uint64_t i = 0; i < n; i += 16) on_access(a + i, (uint32_t)std::min<uint64_t>(16, n - i), write, false, pc, 1);
 }
 void __tsan_init() {}

@@ -72,7 +72,7 @@ constexpr uint32_t MAX_THREADS = 1024, ARENA = 128 << 10;
 
 struct Access {  // one lane's access, kept until its SIMD-group's are matched
   uint64_t address;
-  uint32_t pc;
+  uint32_t pc, place;
   uint8_t size, write, region;
 };
 struct Lane {
