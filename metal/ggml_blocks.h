@@ -1,0 +1,378 @@
+// ggml's blocks, decoded from the bytes of a GGUF file: one struct a type, what it adds to `ggml_block`.
+//
+// What the bytes mean is drawn in mlxq/formats/ggml.py, kquants.py and iq4.py. A weight is
+//
+//     w = scale * (q - offset)              w = scale * q - minimum
+//
+// A block is cut into shares of 32 weights, the work of one lane: four octets, each of 8 weights that follow one
+// another. An octet's codes are 8 bytes of two words, in order; the octets of a share are chosen so that they lie in
+// the same bytes of the block, at different bits. `groups` octets or runs of octets of a share have their own scale.
+//
+// Blocks lie at any multiple of `align` bytes: of 2, 4 or 8, by the size of the block. All arithmetic is float and
+// exact but for the last subtraction, so weights are bit for bit those of ggml and of formats/ggml.py.
+#pragma once
+#include "common.h"
+
+/// The loads that blocks allow, from device memory and from threadgroup memory.
+#define GGML_LOADS(space)                                                    \
+  MLXQ_FUNC uint ggml_byte(const space uchar* p) {                           \
+    return *p;                                                               \
+  }                                                                          \
+  MLXQ_FUNC uint ggml_short(const space uchar* p) {                          \
+    return *(const space ushort*)p;                                          \
+  }                                                                          \
+  MLXQ_FUNC float ggml_half(const space uchar* p) {                          \
+    return float(*(const space half*)p);                                     \
+  }                                                                          \
+  template <int align>                                                       \
+  MLXQ_FUNC uint ggml_word(const space uchar* p) {                           \
+    if constexpr (align >= 4) {                                              \
+      return *(const space uint*)p;                                          \
+    } else {                                                                 \
+      return ggml_short(p) | ggml_short(p + 2) << 16;                        \
+    }                                                                        \
+  }                                                                          \
+  template <int align>                                                       \
+  MLXQ_FUNC uint2 ggml_words(const space uchar* p) {                         \
+    if constexpr (align >= 8) {                                              \
+      return *(const space uint2*)p;                                         \
+    } else {                                                                 \
+      return uint2(ggml_word<align>(p), ggml_word<align>(p + 4));            \
+    }                                                                        \
+  }
+
+GGML_LOADS(device)
+GGML_LOADS(threadgroup)
+
+/// Bits `at` and up of each byte, as many as `mask` (of a byte) has.
+MLXQ_FUNC uint2 ggml_bits(uint2 w, int at, uint mask) {
+  return uint2(w.x >> uint(at) & mask * 0x01010101u, w.y >> uint(at) & mask * 0x01010101u);
+}
+
+/// The low four bits of a number, one in each byte.
+MLXQ_FUNC uint ggml_spread(uint bits) {
+  return (bits & 15u) * 0x00204081u & 0x01010101u;
+}
+
+/// What the types share: sizes, and codes that are unsigned bytes.
+template <int block_, int bytes_, int groups_, int offset_, bool has_min_>
+struct ggml_block {
+  static constant constexpr const int block = block_;         // weights
+  static constant constexpr const int bytes = bytes_;         // bytes
+  static constant constexpr const int groups = groups_;       // scales of a share
+  static constant constexpr const int offset = offset_;       // the code of zero
+  static constant constexpr const bool has_min = has_min_;
+  static constant constexpr const int align = bytes_ % 8 == 0 ? 8 : bytes_ % 4 == 0 ? 4 : 2;
+  static constant constexpr const int shares = block_ / 32;
+  /// Code `i` of a word lies in place: `masked` is it times `place(i)`.
+  static constant constexpr const bool in_place = true;
+
+  static MLXQ_FUNC float code(uint word, int i) {
+    return float(word >> uint(8 * i) & 255u) - float(offset_);
+  }
+  /// The code times 256^i, without the offset: a mask, no shift.
+  static MLXQ_FUNC float masked(uint word, int i) {
+    return float(word & 255u << uint(8 * i));
+  }
+};
+
+/// Blocks of 32 weights: one share, octets in order.
+template <int bytes_, int offset_, bool has_min_>
+struct ggml_block32 : ggml_block<32, bytes_, 1, offset_, has_min_> {
+  static MLXQ_FUNC int octet(int, int j) {
+    return j;
+  }
+  static MLXQ_FUNC int share_of(int) {
+    return 0;
+  }
+  static MLXQ_FUNC int index_of(int octet) {
+    return octet;
+  }
+};
+
+/// Nibbles of 32 weights in 16 bytes: byte i holds weights i and i + 16.
+template <int align, typename P>
+MLXQ_FUNC uint2 ggml_nibbles(P qs, int j) {
+  return ggml_bits(ggml_words<align>(qs + 8 * (j & 1)), 4 * (j >> 1), 15u);
+}
+
+struct Q4_0 : ggml_block32<18, 8, false> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+    return ggml_nibbles<align>(b + 2, j);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float*) {
+    scale[0] = ggml_half(b);
+  }
+};
+
+struct Q4_1 : ggml_block32<20, 0, true> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+    return ggml_nibbles<align>(b + 4, j);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float* minimum) {
+    scale[0] = ggml_half(b);
+    minimum[0] = -ggml_half(b + 2);
+  }
+};
+
+struct Q5_0 : ggml_block32<22, 16, false> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+    const uint high = ggml_byte(b + 2 + j);
+    return ggml_nibbles<align>(b + 6, j) | uint2(ggml_spread(high) << 4, ggml_spread(high >> 4) << 4);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float*) {
+    scale[0] = ggml_half(b);
+  }
+};
+
+struct Q5_1 : ggml_block32<24, 0, true> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+    const uint high = ggml_byte(b + 4 + j);
+    return ggml_nibbles<align>(b + 8, j) | uint2(ggml_spread(high) << 4, ggml_spread(high >> 4) << 4);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float* minimum) {
+    scale[0] = ggml_half(b);
+    minimum[0] = -ggml_half(b + 2);
+  }
+};
+
+struct Q8_0 : ggml_block32<34, 0, false> {
+  static constant constexpr const bool in_place = false;
+
+  static MLXQ_FUNC float code(uint word, int i) {
+    return float(int(word << uint(24 - 8 * i)) >> 24);
+  }
+  static MLXQ_FUNC float masked(uint word, int i) {
+    return code(word, i);
+  }
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+    return ggml_words<align>(b + 2 + 8 * j);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float*) {
+    scale[0] = ggml_half(b);
+  }
+};
+
+/// The values that the codes of IQ4 mean, and what is the same in both of its types.
+constant constexpr float GGML_IQ4_VALUES[16] = {-127.0f, -104.0f, -83.0f, -65.0f, -49.0f, -35.0f, -22.0f, -10.0f,
+                                                1.0f,    13.0f,   25.0f,  38.0f,  53.0f,  69.0f,  89.0f,  113.0f};
+
+MLXQ_FUNC float ggml_iq4_value(uint word, int i) {
+  return GGML_IQ4_VALUES[word >> uint(8 * i) & 15u];
+}
+
+struct IQ4_NL : ggml_block32<18, 0, false> {
+  static constant constexpr const bool in_place = false;
+
+  static MLXQ_FUNC float code(uint word, int i) {
+    return ggml_iq4_value(word, i);
+  }
+  static MLXQ_FUNC float masked(uint word, int i) {
+    return ggml_iq4_value(word, i);
+  }
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+    return ggml_nibbles<align>(b + 2, j);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float*) {
+    scale[0] = ggml_half(b);
+  }
+};
+
+struct IQ4_XS : ggml_block<256, 136, 1, 0, false> {
+  static constant constexpr const bool in_place = false;
+
+  static MLXQ_FUNC float code(uint word, int i) {
+    return ggml_iq4_value(word, i);
+  }
+  static MLXQ_FUNC float masked(uint word, int i) {
+    return ggml_iq4_value(word, i);
+  }
+  static MLXQ_FUNC int octet(int share, int j) {
+    return 4 * share + j;
+  }
+  static MLXQ_FUNC int share_of(int octet) {
+    return octet / 4;
+  }
+  static MLXQ_FUNC int index_of(int octet) {
+    return octet % 4;
+  }
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+    return ggml_nibbles<align>(b + 8 + 16 * share, j);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float*) {
+    const uint low = ggml_byte(b + 4 + share / 2) >> uint(4 * (share & 1)) & 15u;
+    const uint high = ggml_short(b + 2) >> uint(2 * share) & 3u;
+    scale[0] = ggml_half(b) * float(int(low | high << 4) - 32);
+  }
+};
+
+/// Super-blocks whose byte holds weights 32 apart: share 4 * p + i has octets 16 * p + i, + 4, + 8, + 12.
+template <int bytes_, int offset_, bool has_min_>
+struct ggml_quarters : ggml_block<256, bytes_, 4, offset_, has_min_> {
+  static MLXQ_FUNC int octet(int share, int j) {
+    return share / 4 * 16 + 4 * j + share % 4;
+  }
+  static MLXQ_FUNC int share_of(int octet) {
+    return octet / 16 * 4 + octet % 4;
+  }
+  static MLXQ_FUNC int index_of(int octet) {
+    return octet / 4 % 4;
+  }
+  /// The sub-block of 16 weights in which octet `j` of a share lies.
+  static MLXQ_FUNC int sub_block(int share, int j) {
+    return 8 * (share / 4) + 2 * j + share % 4 / 2;
+  }
+};
+
+struct Q2_K : ggml_quarters<84, 0, true> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+    return ggml_bits(ggml_words<align>(b + 16 + 32 * (share / 4) + 8 * (share % 4)), 2 * j, 3u);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float* minimum) {
+    const float d = ggml_half(b + 80), dmin = ggml_half(b + 82);
+    MLXQ_UNROLL
+    for (int j = 0; j < 4; j++) {
+      const uint both = ggml_byte(b + sub_block(share, j));
+      scale[j] = d * float(both & 15u);
+      minimum[j] = dmin * float(both >> 4);
+    }
+  }
+};
+
+struct Q3_K : ggml_quarters<110, 4, false> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+    const int p = share / 4, i = share % 4;
+    const uint2 low = ggml_bits(ggml_words<align>(b + 32 + 32 * p + 8 * i), 2 * j, 3u);
+    const uint2 high = ggml_bits(ggml_words<align>(b + 8 * i), 4 * p + j, 1u);
+    return low | uint2(high.x << 2, high.y << 2);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float*) {
+    const float d = ggml_half(b + 108);
+    MLXQ_UNROLL
+    for (int j = 0; j < 4; j++) {
+      const int s = sub_block(share, j);
+      const uint low = ggml_byte(b + 96 + s % 8) >> uint(4 * (s / 8)) & 15u;
+      const uint high = ggml_byte(b + 104 + s % 4) >> uint(2 * (s / 4)) & 3u;
+      scale[j] = d * float(int(low | high << 4) - 32);
+    }
+  }
+};
+
+struct Q6_K : ggml_quarters<210, 32, false> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+    const int p = share / 4, i = share % 4;
+    const uint2 low = ggml_bits(ggml_words<align>(b + 64 * p + 32 * (j & 1) + 8 * i), 4 * (j >> 1), 15u);
+    const uint2 high = ggml_bits(ggml_words<align>(b + 128 + 32 * p + 8 * i), 2 * j, 3u);
+    return low | uint2(high.x << 4, high.y << 4);
+  }
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float*) {
+    const float d = ggml_half(b + 208);
+    MLXQ_UNROLL
+    for (int j = 0; j < 4; j++) {
+      scale[j] = d * float(int(ggml_byte(b + 192 + sub_block(share, j)) << 24) >> 24);
+    }
+  }
+};
+
+/// Q4_K and Q5_K: a byte of plane p holds weights 64 * p + i and + 32; share 2 * p + h has i = 16 * h to + 15.
+template <int bytes_>
+struct ggml_halves : ggml_block<256, bytes_, 2, 0, true> {
+  static MLXQ_FUNC int octet(int share, int j) {
+    return share / 2 * 8 + 4 * (j >> 1) + share % 2 * 2 + (j & 1);
+  }
+  static MLXQ_FUNC int share_of(int octet) {
+    return octet / 8 * 2 + octet % 4 / 2;
+  }
+  static MLXQ_FUNC int index_of(int octet) {
+    return octet % 8 / 4 * 2 + octet % 2;
+  }
+  /// Scales and mins of the two sub-blocks of plane p: six bits each, in two bytes of each of the three words.
+  template <typename P>
+  static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float* minimum) {
+    const int p = share / 2;
+    P six = b + 4 + 2 * (p & 1);
+    uint s = ggml_short(six), m = ggml_short(six + 4);
+    if (p < 2) {
+      s &= 0x3F3Fu;
+      m &= 0x3F3Fu;
+    } else {
+      const uint low = ggml_short(six + 8);
+      s = (low & 0x0F0Fu) | (s & 0xC0C0u) >> 2;
+      m = (low >> 4 & 0x0F0Fu) | (m & 0xC0C0u) >> 2;
+    }
+    const float d = ggml_half(b), dmin = ggml_half(b + 2);
+    scale[0] = d * float(s & 255u);
+    scale[1] = d * float(s >> 8);
+    minimum[0] = dmin * float(m & 255u);
+    minimum[1] = dmin * float(m >> 8);
+  }
+};
+
+struct Q4_K : ggml_halves<144> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+    return ggml_nibbles<align>(b + 16 + 16 * share, j);
+  }
+};
+
+struct Q5_K : ggml_halves<176> {
+  template <typename P>
+  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+    const uint2 high = ggml_words<align>(b + 16 + 16 * (share % 2) + 8 * (j & 1));
+    const uint2 bits = ggml_bits(high, 2 * (share / 2) + (j >> 1), 1u);
+    return ggml_nibbles<align>(b + 48 + 16 * share, j) | uint2(bits.x << 4, bits.y << 4);
+  }
+};
+
+/// The eight weights of octet `j` of a share, given the share's scales.
+template <typename Q, typename P>
+MLXQ_FUNC void ggml_decode(P block, int share, int j, thread const float* scale, thread const float* minimum,
+                           thread float* w) {
+  const uint2 q = Q::codes(block, share, j);
+  const int g = j * Q::groups / 4;
+  MLXQ_UNROLL
+  for (int i = 0; i < 8; i++) {
+    w[i] = Q::code(i < 4 ? q.x : q.y, i & 3) * scale[g];
+    if (Q::has_min) {
+      w[i] -= minimum[g];
+    }
+  }
+}
+
+/// Decode share number `at` of all blocks of `w` to `out`, rounded to `T` once. One thread a share.
+template <typename T, typename Q>
+MLXQ_FUNC void ggml_dequantize(const device uchar* w, device T* out, uint at) {
+  const device uchar* block = w + ulong(at / Q::shares) * Q::bytes;
+  device T* y = out + ulong(at / Q::shares) * Q::block;
+  const int share = at % Q::shares;
+  float scale[Q::groups], minimum[Q::groups];
+  Q::scales(block, share, scale, minimum);
+  MLXQ_UNROLL
+  for (int j = 0; j < 4; j++) {
+    float v[8];
+    ggml_decode<Q>(block, share, j, scale, minimum, v);
+    device T* octet = y + 8 * Q::octet(share, j);
+    store4(octet, float4(v[0], v[1], v[2], v[3]));
+    store4(octet + 4, float4(v[4], v[5], v[6], v[7]));
+  }
+}
