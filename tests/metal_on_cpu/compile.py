@@ -48,7 +48,10 @@ _PRELUDE = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h
 
 @dataclass(frozen=True)
 class Build:
-    """How to compile: the mode (see `MODES`), optimization, contraction of a*b+c, and how `simd_sum` adds lanes."""
+    """How to compile: the mode (see `MODES`), optimization, contraction of a*b+c, and how `simd_sum` adds lanes.
+
+    The lint is of mode `check` only.
+    """
 
     mode: str = "check"
     opt: str = "-O2"
@@ -90,7 +93,7 @@ def _make(out: Path, text: str, entry: str, build: Build, user_files: tuple[str,
             f"-DMSL_COUNT={build.mode == 'count':d}",
         ]
         source = _translated(Path(scratch), text, entry, build, language)
-        linted = pool.submit(_lint, source, language, user_files) if build.lint else None
+        linted = pool.submit(_lint, source, language, user_files) if build.lint and build.mode == "check" else None
         flags = [build.opt, *_CODE, f"-ffp-contract={build.contract}", *MODES[build.mode], *build.extra]
         try:
             _object(source, [*language, *flags], out, build.mode == "count")
@@ -146,4 +149,9 @@ def _object(source: Path, flags: list[str], out: Path, count: bool) -> None:
 def _lint(source: Path, language: list[str], user_files: tuple[str, ...]) -> list[tuple[str, int, str]]:
     dump = ["-fsyntax-only", "-w", "-Xclang", "-ast-dump", "-fno-color-diagnostics"]
     done = subprocess.run([toolchain.CLANG, *language, *dump, str(source)], capture_output=True, text=True, check=False)
-    return lint(done.stdout, lambda name: name in user_files) if done.returncode == 0 else []
+    if done.returncode:
+        return []  # the compiler says why
+    # The user's text comes last: what is before it needs no reading.
+    starts = [at for at in (done.stdout.find(f"<{name}:") for name in user_files) if at >= 0]
+    start = done.stdout.rfind("\n", 0, min(starts)) + 1 if starts else 0
+    return lint(done.stdout[start:], lambda name: name in user_files)

@@ -10,6 +10,7 @@ _NODE = re.compile(r"^[\s|`-]*(\w+) (0x[0-9a-f]+)")
 _CALLEE = re.compile(r" (?:Function|CXXMethod) (0x[0-9a-f]+) '")
 _FUNCTION_NAME = re.compile(r" (\S+) '[^']*'")
 _DOUBLE = re.compile(r"(^|[^\w])(long )?double($|[^\w])")
+_VIRTUAL = re.compile(r"' virtual\b")
 _FUNCTIONS = ("FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl")
 _VARIABLES = ("VarDecl", "ParmVarDecl", "FieldDecl")
 _GENERIC_CHECKED = (*_VARIABLES, "CStyleCastExpr", "CXXReinterpretCastExpr", "CXXStaticCastExpr")
@@ -28,7 +29,7 @@ class _Linter:
         self.is_user = is_user
         self.file, self.line = "", 0
         self.faults: dict[Fault, None] = {}
-        self.functions: list[tuple[int, str]] = []  # (depth in the dump, address), outermost first
+        self.functions: list[tuple[int, str | None]] = []  # depth in the dump, address (None: implicit), outermost first
         self.names: dict[str, Fault] = {}
         self.calls: dict[str, set[str]] = {}
 
@@ -48,15 +49,20 @@ class _Linter:
         while self.functions and self.functions[-1][0] >= depth:
             self.functions.pop()
         if kind in _FUNCTIONS:
-            self.functions.append((depth, address))
+            self.functions.append((depth, None if " implicit " in row.split("'", 1)[0] else address))
             name = _FUNCTION_NAME.search(row)
             self.names[address] = (self.file, self.line, name.group(1) if name else "?")
         callee = _CALLEE.search(row)
-        if self.functions and callee and kind in ("DeclRefExpr", "MemberExpr"):
-            self.calls.setdefault(self.functions[-1][1], set()).add(callee.group(1))
-        if self.is_user(self.file):
+        caller = self.functions[-1][1] if self.functions else None
+        if caller and callee and kind in ("DeclRefExpr", "MemberExpr"):
+            self.calls.setdefault(caller, set()).add(callee.group(1))
+        # The copy constructor that clang gives a class has parameters without an address space.
+        implicit = any(function is None for _, function in self.functions)
+        if self.is_user(self.file) and not implicit:
             types = re.findall(r"'([^']*)'", row)
             message = _fault(kind, types[0] if types else "")
+            if kind == "CXXMethodDecl" and _VIRTUAL.search(row):
+                message = "Metal has no virtual functions"
             if message:
                 self.faults[self.file, self.line, message] = None
 
