@@ -6,9 +6,9 @@
 // A lane holds elements (row, column) and (row, column + 1) of a fragment; the places are those that mlx's own kernels
 // rely on (mlx/backend/metal/kernels/steel/gemm/mma.h, BaseMMAFrag).
 #pragma once
-#include "affine.h"
-
 #include <metal_simdgroup_matrix>
+
+#include "affine.h"
 
 constant constexpr int QMM_SIMD_GROUPS = 4;
 
@@ -48,10 +48,16 @@ constant constexpr int QMM_DEPTH = 128;
 /// Elements of a row of x there; not a multiple of a fragment's rows, to spread the banks.
 constant constexpr int QMM_STRIDE = QMM_DEPTH + 8;
 
+/// Rows of a tile of y that are computed: `begin` to `end`, counted from the tile's first.
+struct QmmRows {
+  int begin;
+  int end;
+};
+
 /// Copies columns `first + run * slot + (0 ... QMM_DEPTH / 8 - 1)` of a tile of x, slot 0 ... 7, to threadgroup memory as
-/// [row][column within the run][slot]; zeros where x ends.
+/// [row][column within the run][slot]; zeros for other rows and where x ends.
 template <typename X, int K, int run>
-MLXQ_FUNC void affine_qmm_load_x(const device X* x, int rows, int first, threadgroup X* tile, uint thread_index) {
+MLXQ_FUNC void affine_qmm_load_x(const device X* x, QmmRows rows, int first, threadgroup X* tile, uint thread_index) {
   constexpr int depth = QMM_DEPTH / 8;
   constexpr int quads = QMM_TILE_M * QMM_DEPTH / 4;
   MLXQ_UNROLL
@@ -62,7 +68,7 @@ MLXQ_FUNC void affine_qmm_load_x(const device X* x, int rows, int first, threadg
     const int row = quad / (depth / 4) / 8;
     const int k = first + run * slot + column;
     vec<X, 4> v = vec<X, 4>(X(0));
-    if (row < rows && (K % (8 * run) == 0 || k < K)) {
+    if (row >= rows.begin && row < rows.end && (K % (8 * run) == 0 || k < K)) {
       v = *(const device vec<X, 4>*)(x + size_t(row) * K + k);
     }
     threadgroup X* out = tile + row * QMM_STRIDE + column * 8 + slot;
@@ -73,20 +79,19 @@ MLXQ_FUNC void affine_qmm_load_x(const device X* x, int rows, int first, threadg
   }
 }
 
-/// y = x @ w_hat.T for tile (`tile_m`, `tile_n`) of y: `x` [M, K], `w` [N, K].
+/// y = x @ w_hat.T for a tile of y: `x` and `y` at the tile's first row, `w` [N, K].
 ///
 /// Eight lanes share a weight row, each with a run of codes; fragment f of a block of eight runs takes code f of each.
 template <typename X, typename S, typename Y, int group_size, int bits, int N, int K>
-MLXQ_FUNC void affine_qmm_t(
+MLXQ_FUNC void affine_qmm_t_tile(
     const device uint* w,
     const device S* scales,
     const device S* biases,
     const device X* x,
     device Y* y,
     threadgroup X* tile,
-    int M,
+    QmmRows computed,
     uint tile_n,
-    uint tile_m,
     uint simd_group,
     uint lane) {
   constexpr int run = affine_qmm_run<bits>();
@@ -94,11 +99,9 @@ MLXQ_FUNC void affine_qmm_t(
   constexpr int depth = QMM_DEPTH / 8;
   constexpr int m_fragments = QMM_TILE_M / 8;
   constexpr int n_fragments = QMM_TILE_N / 8 / QMM_SIMD_GROUPS;
-  const int first_m = int(tile_m) * QMM_TILE_M;
   const int first_n = int(tile_n) * QMM_TILE_N + int(simd_group) * n_fragments * 8;
   const int slot = fragment_row(lane);
   const int column = fragment_column(lane);
-  x += size_t(first_m) * K;
 
   size_t rows[n_fragments][2];
   MLXQ_UNROLL
@@ -132,7 +135,7 @@ MLXQ_FUNC void affine_qmm_t(
     }
     for (int start = 0; start < run; start += depth) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      affine_qmm_load_x<X, K, run>(x, M - first_m, block + start, tile, simd_group * SIMD_LANES + lane);
+      affine_qmm_load_x<X, K, run>(x, computed, block + start, tile, simd_group * SIMD_LANES + lane);
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (inside && (group_size < run || start == 0)) {
         MLXQ_UNROLL
@@ -179,16 +182,157 @@ MLXQ_FUNC void affine_qmm_t(
 
   MLXQ_UNROLL
   for (int m = 0; m < m_fragments; m++) {
-    const int row = first_m + m * 8 + slot;
+    const int row = m * 8 + slot;
+    const bool wanted = row >= computed.begin && row < computed.end;
     MLXQ_UNROLL
     for (int n = 0; n < n_fragments; n++) {
       const int out = first_n + n * 8 + column;
       device Y* to = y + size_t(row) * N + out;
-      if (row < M && out < N) {
+      if (wanted && out < N) {
         to[0] = Y(sums[m][n].thread_elements()[0]);
       }
-      if (row < M && out + 1 < N) {
+      if (wanted && out + 1 < N) {
         to[1] = Y(sums[m][n].thread_elements()[1]);
+      }
+    }
+  }
+}
+
+/// y = x @ w_hat.T: `x` [M, K], `w` [N, K], tile (`at.y`, `at.x`) of y; matrix `at.z` of a batch.
+template <typename X, typename S, typename Y, int group_size, int bits, int N, int K>
+MLXQ_FUNC void affine_qmm_t(
+    const device uint* w,
+    const device S* scales,
+    const device S* biases,
+    const device X* x,
+    device Y* y,
+    threadgroup X* tile,
+    int M,
+    uint3 at,
+    uint simd_group,
+    uint lane) {
+  const int first = int(at.y) * QMM_TILE_M;
+  const QmmRows rows = {0, min(M - first, QMM_TILE_M)};
+  affine_qmm_t_tile<X, S, Y, group_size, bits, N, K>(
+      w, scales, biases, x + size_t(first) * K, y + size_t(first) * N, tile, rows, at.x, simd_group, lane);
+}
+
+/// Codes of a lane's run in `affine_qmm_n`: the fewest from 16 that fill words.
+template <int bits>
+constexpr int affine_qmm_n_run() {
+  return bits == 3 || bits == 5 ? 32 : 16;
+}
+
+/// Rows of a tile of y in `affine_qmm_n`: what the accumulators hold.
+template <int bits>
+constexpr int affine_qmm_n_rows() {
+  return 512 / affine_qmm_n_run<bits>();
+}
+
+/// Columns of a tile of y in `affine_qmm_n`.
+template <int bits>
+constexpr int affine_qmm_n_columns() {
+  return 4 * QMM_SIMD_GROUPS * affine_qmm_n_run<bits>();
+}
+
+constant constexpr int QMM_N_DEPTH = 64;
+constant constexpr int QMM_N_STRIDE = QMM_N_DEPTH + 8;
+
+/// y = x @ w_hat: `x` [M, N], `w` [N, K], tile (`at.y`, `at.x`) of y.
+///
+/// Four lanes share a weight row, each with a run of columns; fragment f of a SIMD-group's columns takes codes 2 f and
+/// 2 f + 1 of each.
+template <typename X, typename S, typename Y, int group_size, int bits, int N, int K>
+MLXQ_FUNC void affine_qmm_n(
+    const device uint* w,
+    const device S* scales,
+    const device S* biases,
+    const device X* x,
+    device Y* y,
+    threadgroup X* tile,
+    int M,
+    uint3 at,
+    uint simd_group,
+    uint lane) {
+  constexpr int run = affine_qmm_n_run<bits>();
+  constexpr int n_words = affine_words<bits, run>();
+  constexpr int chunk = run < group_size ? run : group_size;
+  constexpr int tile_rows = affine_qmm_n_rows<bits>();
+  constexpr int m_fragments = tile_rows / 8;
+  constexpr int k_fragments = run / 2;
+  const int first_m = int(at.y) * tile_rows;
+  const int row = fragment_row(lane);
+  const int column = fragment_column(lane);
+  const int k = int(at.x) * affine_qmm_n_columns<bits>() + (int(simd_group) * 4 + column / 2) * run;
+  const bool inside = K % affine_qmm_n_columns<bits>() == 0 || k < K;
+
+  simdgroup_matrix<float, 8, 8> sums[m_fragments][k_fragments];
+  MLXQ_UNROLL
+  for (int m = 0; m < m_fragments; m++) {
+    MLXQ_UNROLL
+    for (int f = 0; f < k_fragments; f++) {
+      sums[m][f] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+    }
+  }
+  for (int start = 0; start < N; start += QMM_N_DEPTH) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const int thread_index = int(simd_group * SIMD_LANES + lane);
+    MLXQ_UNROLL
+    for (int i = 0; i < tile_rows * QMM_N_DEPTH / (QMM_SIMD_GROUPS * SIMD_LANES); i++) {
+      const int element = i * QMM_SIMD_GROUPS * SIMD_LANES + thread_index;
+      const int m = element / QMM_N_DEPTH;
+      const int n = element % QMM_N_DEPTH;
+      X v = X(0);
+      if (first_m + m < M && (N % QMM_N_DEPTH == 0 || start + n < N)) {
+        v = x[size_t(first_m + m) * N + start + n];
+      }
+      tile[m * QMM_N_STRIDE + n] = v;
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (int n = 0; n < QMM_N_DEPTH && start + n < N; n += 8) {
+      const bool held = inside && (N % 8 == 0 || start + n + row < N);
+      uint codes[n_words] = {};
+      float scale[run / chunk] = {};
+      float bias[run / chunk] = {};
+      if (held) {
+        const size_t weight_row = size_t(start + n + row);
+        load_words<n_words>(w + weight_row * (K * bits / 32) + k * bits / 32, codes);
+        MLXQ_UNROLL
+        for (int c = 0; c < run / chunk; c++) {
+          scale[c] = float(scales[weight_row * (K / group_size) + k / group_size + c]);
+          bias[c] = float(biases[weight_row * (K / group_size) + k / group_size + c]);
+        }
+      }
+      simdgroup_matrix<float, 8, 8> a[m_fragments];
+      MLXQ_UNROLL
+      for (int m = 0; m < m_fragments; m++) {
+        const threadgroup X* from = tile + (m * 8 + row) * QMM_N_STRIDE + n + column;
+        const vec<X, 2> v = *(const threadgroup vec<X, 2>*)from;
+        a[m].thread_elements()[0] = float(v.x);
+        a[m].thread_elements()[1] = float(v.y);
+      }
+      MLXQ_UNROLL
+      for (int f = 0; f < k_fragments; f++) {
+        const int c = 2 * f / chunk;
+        simdgroup_matrix<float, 8, 8> b;
+        b.thread_elements()[0] = fma(scale[c], float(affine_code<bits>(codes, 2 * f)), bias[c]);
+        b.thread_elements()[1] = fma(scale[c], float(affine_code<bits>(codes, 2 * f + 1)), bias[c]);
+        MLXQ_UNROLL
+        for (int m = 0; m < m_fragments; m++) {
+          simdgroup_multiply_accumulate(sums[m][f], a[m], b, sums[m][f]);
+        }
+      }
+    }
+  }
+  MLXQ_UNROLL
+  for (int m = 0; m < m_fragments; m++) {
+    const int out = first_m + m * 8 + row;
+    if (inside && out < M) {
+      MLXQ_UNROLL
+      for (int f = 0; f < k_fragments; f++) {
+        device Y* to = y + size_t(out) * K + k + 2 * f;
+        to[0] = Y(sums[m][f].thread_elements()[0]);
+        to[1] = Y(sums[m][f].thread_elements()[1]);
       }
     }
   }

@@ -1,44 +1,54 @@
 """The operations on affine weights by the project's own Metal kernels (`metal/affine*.h`), on mlx's default device.
 
-The functions have the signatures of `mlxq.ops.mlx_backend`. Each launch is validated first, so that a kernel never
-sees a shape it was not made for; groups of 16, which mlx itself refuses, are legal here. Shapes of weights, dtypes,
-bits and group size are template constants of a kernel and part of its name; M is not, beyond `_MAX_VECTOR_ROWS`.
+The functions have the signatures of `mlxq.ops.mlx_backend`, and check their arguments before a launch, so that no
+kernel sees shapes it was not made for. Groups of 16, which mlx refuses, are legal here. Which kernel computes a product
+is `mlxq.ops.metal_affine.choose_product`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlxq.ops.arrays import mlx_dtype
+from mlxq.errors import BackendError, FormatError
+from mlxq.ops import validation
+from mlxq.ops.arrays import Operand, describe, mlx_dtype
+from mlxq.ops.metal_affine import SIMD, Weights, blocks_of, launch_gather, launch_product, launch_sorted
 from mlxq.ops.metal_source import at_device, kernel, kernel_name
+
+#: Rows of x, each with an expert, from which a tile of them costs less than one by one.
+MIN_SORTED_ROWS = 64
 
 _THREADS = 256
 #: Codes that a thread of `affine_dequantize` reads (`affine_dequantize_run` in metal/affine_quantize.h).
 _DEQUANTIZE_RUN = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 8}
+_PACKED = ("w_q", "scales", "biases")
 
 
 def quantize(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
     """The codes, scales and biases of mlx's Metal kernel; arguments and result as in `mlxq.ops.quantize`."""
+    _check_quantize(_operands("quantize", w=w)[0], bits, group_size)
     K = w.shape[-1]
     packed, groups = (*w.shape[:-1], K * bits // 32), (*w.shape[:-1], K // group_size)
     if not w.size:
         return mx.zeros(packed, mx.uint32), mx.zeros(groups, w.dtype), mx.zeros(groups, w.dtype)
-    runs = w.size // 8
     launch = kernel(
         kernel_name("affine_quantize", w.dtype, gs=group_size, b=bits),
         ["w"],
-        ["w_q", "scales", "biases"],
-        "affine_quantize<T, GROUP_SIZE, BITS>(w, w_q, scales, biases, thread_position_in_grid.x, "
-        "uint(RUNS));",
+        _PACKED,
+        "affine_quantize<T, GROUP_SIZE, BITS>(w, w_q, scales, biases, thread_position_in_grid.x, uint(w_shape[0]));",
         "affine_quantize",
     )
+    runs = w.size // 8
     return tuple(
         launch(
-            inputs=[w],
-            template=[("T", w.dtype), ("GROUP_SIZE", group_size), ("BITS", bits), ("RUNS", runs)],
-            grid=(-(-runs // 32) * 32, 1, 1),
+            inputs=[w.reshape(runs, 8)],
+            template=[("T", w.dtype), ("GROUP_SIZE", group_size), ("BITS", bits)],
+            grid=(blocks_of(runs, SIMD) * SIMD, 1, 1),
             threadgroup=(_THREADS, 1, 1),
             output_shapes=[packed, groups, groups],
             output_dtypes=[mx.uint32, w.dtype, w.dtype],
@@ -50,12 +60,14 @@ def dequantize(
     w_q: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int, dtype: str | None
 ) -> mx.array:
     """`w_hat`, rounded as `mx.dequantize` rounds on the CPU; arguments and result as in `mlxq.ops.dequantize`."""
+    operands = _operands("dequantize", w_q=w_q, scales=scales, biases=biases)
+    _check(validation.dequantize, operands, (), bits, group_size, dtype)
     shape = (*scales.shape[:-1], scales.shape[-1] * group_size)
     if not w_q.size:
         return mx.zeros(shape, mlx_dtype(dtype) if dtype else scales.dtype)
     launch = kernel(
         kernel_name("affine_dequantize", scales.dtype, gs=group_size, b=bits),
-        ["w_q", "scales", "biases"],
+        _PACKED,
         ["w_hat"],
         "affine_dequantize<T, GROUP_SIZE, BITS>(w_q, scales, biases, w_hat, thread_position_in_grid.x);",
         "affine_quantize",
@@ -69,3 +81,128 @@ def dequantize(
         output_dtypes=[scales.dtype],
     )
     return w_hat if dtype is None else w_hat.astype(mlx_dtype(dtype))
+
+
+def quantized_matmul(
+    x: mx.array, w_q: mx.array, scales: mx.array, biases: mx.array, transpose: bool, bits: int, group_size: int
+) -> mx.array:
+    """`x @ w_hat.T`, or `x @ w_hat`, differentiable with respect to x; as `mlxq.ops.quantized_matmul`."""
+    operands = _operands("quantized_matmul", x=x, w_q=w_q, scales=scales, biases=biases)
+    M = _check(validation.quantized_matmul, operands, (transpose,), bits, group_size)
+    weights = Weights(w_q.shape[0], scales.shape[1] * group_size, bits, group_size)
+    inner, columns = (weights.K, weights.N) if transpose else (weights.N, weights.K)
+    dtype = _promoted(x, scales)
+    if not (x.size and w_q.size):
+        return mx.zeros((*x.shape[:-1], columns), dtype)
+
+    def product(x: mx.array) -> mx.array:
+        y = launch_product(x.reshape(M, inner), (w_q, scales, biases), weights, transpose, dtype)
+        return y.reshape(*x.shape[:-1], columns)
+
+    def gradient(cotangent: mx.array) -> mx.array:
+        back = quantized_matmul(cotangent, w_q, scales, biases, not transpose, bits, group_size)
+        return back.astype(x.dtype)
+
+    return _differentiable(product, gradient)(x)
+
+
+def gather_quantized_matmul(
+    x: mx.array,
+    w_q: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    rhs_indices: mx.array,
+    transpose: bool,
+    bits: int,
+    group_size: int,
+    sorted_indices: bool,
+) -> mx.array:
+    """Products with chosen matrices of a stack, differentiable with respect to x; as
+    `mlxq.ops.gather_quantized_matmul`. An index past the stack chooses its last matrix."""
+    operands = _operands("gather_quantized_matmul", x=x, w_q=w_q, scales=scales, biases=biases, rhs_indices=rhs_indices)
+    _check(validation.gather_quantized_matmul, operands, (transpose,), bits, group_size)
+    weights = Weights(w_q.shape[1], scales.shape[2] * group_size, bits, group_size)
+    columns = weights.N if transpose else weights.K
+    dtype = _promoted(x, scales)
+    batch = np.broadcast_shapes(x.shape[:-2], rhs_indices.shape)
+    shape = (*batch, x.shape[-2], columns)
+    if not (x.size and w_q.size and rhs_indices.size):
+        return mx.zeros(shape, dtype)
+    experts = mx.broadcast_to(rhs_indices.astype(mx.uint32), batch).reshape(-1)
+    tiled = sorted_indices and transpose and x.shape[:-2] == batch and x.shape[-2] == 1
+    packed = (w_q, scales, biases)
+
+    def product(x: mx.array) -> mx.array:
+        if tiled and experts.size >= MIN_SORTED_ROWS:
+            return launch_sorted(x.reshape(-1, x.shape[-1]), packed, experts, weights, dtype).reshape(shape)
+        return launch_gather(x, packed, experts, weights, transpose, batch, dtype).reshape(shape)
+
+    def gradient(cotangent: mx.array) -> mx.array:
+        back = gather_quantized_matmul(cotangent, *packed, rhs_indices, not transpose, bits, group_size, sorted_indices)
+        return _summed_to(back, x.shape).astype(x.dtype)
+
+    return _differentiable(product, gradient)(x)
+
+
+def _differentiable(
+    product: Callable[[mx.array], mx.array], gradient: Callable[[mx.array], mx.array]
+) -> Callable[[mx.array], mx.array]:
+    """`product` of x with its gradient: mlx cannot differentiate a kernel. Weights are constants."""
+    function = mx.custom_function(product)
+
+    @function.vjp
+    def vjp(primals: Any, cotangent: mx.array, output: mx.array) -> mx.array:
+        return gradient(cotangent)
+
+    return function
+
+
+def _summed_to(a: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """The sum over the axes along which an array of `shape` was broadcast to a's."""
+    extra = a.ndim - len(shape)
+    if extra:
+        a = a.sum(axis=tuple(range(extra)))
+    spread = tuple(i for i, (have, want) in enumerate(zip(a.shape, shape, strict=True)) if have != want)
+    return a.sum(axis=spread, keepdims=True) if spread else a
+
+
+def _operands(op: str, **arrays: mx.array) -> list[Operand]:
+    described = [describe(op, name, a) for name, a in arrays.items()]
+    for name, a in zip(arrays, described, strict=True):
+        if a.kind != "mlx":
+            raise BackendError(f"{op}: the Metal kernels take mlx arrays, but {name} is a NumPy array")
+    return described
+
+
+def _check(
+    rule: Callable[..., int], operands: list[Operand], before: tuple, bits: int, group_size: int, *after: Any
+) -> int:
+    """Apply a rule of `mlxq.ops.validation` to x (if any), w_q, scales and biases; the rows of x.
+
+    mlx's rules know no groups of 16: two of them are checked as one of 32.
+    """
+    if group_size == 16:
+        first = 1 if len(operands) > 3 else 0
+        for at in (first + 1, first + 2):
+            operands[at] = _paired(operands[at])
+        group_size = 32
+    return rule(*operands, *before, bits, group_size, "affine", *after)
+
+
+def _check_quantize(w: Operand, bits: int, group_size: int) -> None:
+    if group_size == 16 and w.ndim and w.shape[-1] % 32:
+        raise FormatError(_ODD_GROUPS.format(op="quantize", name="w", shape=w.shape))
+    validation.quantize(w, bits, 32 if group_size == 16 else group_size, "affine")
+
+
+_ODD_GROUPS = "{op}: groups of 16 come in pairs, a row holding a multiple of 32 weights; {name}.shape == {shape}"
+
+
+def _paired(parameters: Operand) -> Operand:
+    if not parameters.shape or parameters.shape[-1] % 2:
+        raise FormatError(_ODD_GROUPS.format(op="affine", name="scales", shape=parameters.shape))
+    return parameters._replace(shape=(*parameters.shape[:-1], parameters.shape[-1] // 2))
+
+
+def _promoted(a: mx.array, b: mx.array) -> mx.Dtype:
+    return a.dtype if a.dtype == b.dtype else mx.float32

@@ -1,0 +1,173 @@
+"""Products of x with packed weights, one row to many, transposed or not, gathered: against float64."""
+
+from __future__ import annotations
+
+import affine_cases
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlxq.formats.geometry import AFFINE_BITS
+from mlxq.ops import metal_backend
+from mlxq.ops.metal_affine import choose_product
+
+# bits, group size, dtype, N, K: ragged N, K that leaves lanes and tiles empty, one group a row, N = 1.
+SHAPES = [
+    (4, 64, "f16", 9, 1088),
+    (4, 16, "f32", 13, 576),
+    (2, 16, "bf16", 5, 1056),
+    (3, 32, "f32", 6, 96),
+    (5, 128, "f16", 11, 1152),
+    (6, 64, "f16", 70, 256),
+    (8, 128, "bf16", 1, 128),
+    (4, 32, "bf16", 2, 32),
+]
+QUICK_ROWS = (1, 3, 16, 33)
+SLOW_ROWS = (2, 7, 8, 9, 17, 64)
+
+
+def row_cases() -> list:
+    quick = [(M, *SHAPES[(2 * i + j) % len(SHAPES)]) for i, M in enumerate(QUICK_ROWS) for j in (0, 1)]
+    every = [(M, *shape) for M in (*QUICK_ROWS, *SLOW_ROWS) for shape in SHAPES]
+    every += [
+        (M, bits, group, dtype, 21, 384)
+        for M in (1, 5, 20)
+        for bits in AFFINE_BITS
+        for group in (16, 32, 64, 128)
+        for dtype in affine_cases.DTYPES
+    ]
+    slow = [pytest.param(*c, marks=pytest.mark.slow) for c in every if c not in quick]
+    return [pytest.param(*c) for c in quick] + slow
+
+
+def check_product(M: int, bits: int, group_size: int, dtype: str, N: int, K: int, transpose: bool) -> None:
+    T = affine_cases.DTYPES[dtype]
+    weights = affine_cases.packed((N, K), bits, group_size, T)
+    w = weights.decoded(bits, group_size)
+    x = affine_cases.normal((M, K if transpose else N), T)
+    y = metal_backend.quantized_matmul(x, *weights, transpose, bits, group_size)
+    assert y.dtype == T
+    expected = affine_cases.doubles(x) @ (w.T if transpose else w)
+    assert affine_cases.error(y, expected) <= affine_cases.TOLERANCES[T]
+
+
+@pytest.mark.parametrize(("M", "bits", "group_size", "dtype", "N", "K"), row_cases())
+def test_transposed_product(metal, M, bits, group_size, dtype, N, K):
+    check_product(M, bits, group_size, dtype, N, K, True)
+
+
+@pytest.mark.parametrize(("M", "bits", "group_size", "dtype", "N", "K"), row_cases())
+def test_product_not_transposed(metal, M, bits, group_size, dtype, N, K):
+    check_product(M, bits, group_size, dtype, N, K, False)
+
+
+@pytest.mark.parametrize("order", ["reverse", "random"])
+@pytest.mark.parametrize(("M", "transpose"), [(1, True), (5, True), (33, True), (33, False)])
+def test_lane_orders_give_the_same_bits(metal, M, transpose, order):
+    weights = affine_cases.packed((41, 320), 4, 32, mx.float16)
+    x = affine_cases.normal((M, 320 if transpose else 41), mx.float16)
+    forward = metal_backend.quantized_matmul(x, *weights, transpose, 4, 32)
+    with metal.options(order=order):
+        other = metal_backend.quantized_matmul(x, *weights, transpose, 4, 32)
+    assert mx.array_equal(forward, other)
+
+
+def test_x_and_scales_of_two_dtypes_give_float32(metal):
+    weights = affine_cases.packed((8, 64), 4, 32, mx.float16)
+    x = affine_cases.normal((2, 64), mx.bfloat16)
+    y = metal_backend.quantized_matmul(x, *weights, True, 4, 32)
+    assert y.dtype == mx.float32
+    assert affine_cases.error(y, affine_cases.doubles(x) @ weights.decoded(4, 32).T) <= 1e-6
+
+
+def test_x_keeps_its_axes_and_need_not_be_contiguous(metal):
+    weights = affine_cases.packed((8, 64), 4, 32, mx.float32)
+    x = affine_cases.normal((64, 3, 2), mx.float32).transpose(2, 1, 0)
+    y = metal_backend.quantized_matmul(x, *weights, True, 4, 32)
+    assert affine_cases.error(y, affine_cases.doubles(x) @ weights.decoded(4, 32).T) <= 1e-6
+
+
+@pytest.mark.parametrize("transpose", [True, False])
+def test_empty_x_and_empty_weights(metal, transpose):
+    weights = affine_cases.packed((6, 32), 4, 32, mx.float16)
+    inner, columns = (32, 6) if transpose else (6, 32)
+    y = metal_backend.quantized_matmul(mx.zeros((0, inner), mx.float16), *weights, transpose, 4, 32)
+    assert (y.shape, y.dtype) == ((0, columns), mx.float16)
+
+
+@pytest.mark.parametrize("M", [2, 40])
+@pytest.mark.parametrize("transpose", [True, False])
+def test_gradient_of_x(metal, M, transpose):
+    weights = affine_cases.packed((24, 64), 4, 32, mx.float32)
+    w = weights.decoded(4, 32)
+    x = affine_cases.normal((M, 64 if transpose else 24), mx.float32)
+    seed = affine_cases.normal((M, 24 if transpose else 64), mx.float32, seed=5)
+    (y,), (gradient,) = mx.vjp(lambda x: metal_backend.quantized_matmul(x, *weights, transpose, 4, 32), [x], [seed])
+    assert affine_cases.error(y, affine_cases.doubles(x) @ (w.T if transpose else w)) <= 1e-6
+    assert affine_cases.error(gradient, affine_cases.doubles(seed) @ (w if transpose else w.T)) <= 1e-6
+
+
+def gathered(x: mx.array, w: np.ndarray, indices: np.ndarray, transpose: bool) -> np.ndarray:
+    batch = np.broadcast_shapes(x.shape[:-2], indices.shape)
+    rows = np.broadcast_to(affine_cases.doubles(x), (*batch, *x.shape[-2:]))
+    chosen = w[np.broadcast_to(indices, batch)]
+    return rows @ (chosen.swapaxes(-1, -2) if transpose else chosen)
+
+
+@pytest.mark.parametrize(
+    ("batch", "M", "indices_shape"),
+    [((3, 1), 1, (3, 2)), ((), 1, (2,)), ((4,), 3, (4,)), ((2,), 20, (2,)), ((2, 1), 17, (2, 3))],
+)
+@pytest.mark.parametrize("transpose", [True, False])
+@pytest.mark.parametrize(("bits", "group_size", "dtype"), [(4, 64, "f16"), (3, 16, "f32")])
+def test_gathered_product(metal, batch, M, indices_shape, transpose, bits, group_size, dtype):
+    T, (E, N, K) = affine_cases.DTYPES[dtype], (5, 37, 128)
+    weights = affine_cases.packed((E, N, K), bits, group_size, T)
+    x = affine_cases.normal((*batch, M, K if transpose else N), T)
+    indices = np.random.default_rng(2).integers(0, E, indices_shape)
+    y = metal_backend.gather_quantized_matmul(
+        x, *weights, mx.array(indices.astype(np.uint32)), transpose, bits, group_size, False
+    )
+    expected = gathered(x, weights.decoded(bits, group_size), indices, transpose)
+    assert affine_cases.error(y, expected) <= affine_cases.TOLERANCES[T]
+
+
+def test_sorted_rows_share_an_expert_s_weights(metal):
+    E, N, K, rows = 5, 37, 128, 70
+    weights = affine_cases.packed((E, N, K), 4, 32, mx.float16)
+    x = affine_cases.normal((rows, 1, K), mx.float16)
+    indices = np.sort(np.random.default_rng(2).integers(0, E, rows))
+    y = metal_backend.gather_quantized_matmul(x, *weights, mx.array(indices.astype(np.uint32)), True, 4, 32, True)
+    assert affine_cases.error(y, gathered(x, weights.decoded(4, 32), indices, True)) <= 5e-4
+    if not metal.real:
+        assert "sorted" in metal.launches[-1][0]
+
+
+def test_gradient_of_gathered_x_sums_over_its_experts(metal):
+    weights = affine_cases.packed((3, 16, 32), 4, 32, mx.float32)
+    x = affine_cases.normal((4, 1, 1, 32), mx.float32)
+    indices = mx.array([[0, 1], [2, 2], [1, 0], [2, 1]], mx.uint32)
+    seed = affine_cases.normal((4, 2, 1, 16), mx.float32, seed=5)
+    _, (gradient,) = mx.vjp(
+        lambda x: metal_backend.gather_quantized_matmul(x, *weights, indices, True, 4, 32, False), [x], [seed]
+    )
+    w = weights.decoded(4, 32)[np.asarray(indices)]
+    expected = (affine_cases.doubles(seed) @ w).sum(axis=1, keepdims=True)
+    assert affine_cases.error(gradient, expected) <= 1e-6
+
+
+def test_an_expert_past_the_stack_reads_its_last_matrix(metal):
+    weights = affine_cases.packed((2, 8, 32), 4, 32, mx.float32)
+    x = affine_cases.normal((1, 1, 32), mx.float32)
+    y = metal_backend.gather_quantized_matmul(x, *weights, mx.array([9], mx.uint32), True, 4, 32, False)
+    assert affine_cases.error(y, gathered(x, weights.decoded(4, 32), np.array([1]), True)) <= 1e-6
+
+
+def test_choice_of_kernel_by_rows():
+    assert [choose_product(M, 4, True).function for M in (1, 2, 16, 17)] == [
+        "affine_qmv",
+        "affine_qmv_rows",
+        "affine_qmv_rows",
+        "affine_qmm_t",
+    ]
+    assert choose_product(1, 4, False).function == "affine_qmm_n"
