@@ -31,6 +31,8 @@ from mlxq.quantizers.ggml.tiles import mlx_tiles, numpy_tiles
 
 _LEAST_FLOAT16, _LARGEST_FLOAT16 = 2.0**-24, 65504.0
 _TINY = 1e-30
+#: Weights up to here are closer to 0 than to the smallest scale that there is: then `d` is 0.
+_ALL_ZERO = _LEAST_FLOAT16 / 2
 #: Weights checked at a time.
 _CHECKED = 1 << 16
 
@@ -186,7 +188,7 @@ def _search_blocks(tile: Any, grid: Any, search: BlockSearch) -> tuple[Any, Any,
         best = _least(xp, (tried(sign * xp.clip(sign * best.sc + k, 1, search.top)) for k in (0, -1, 1)))
     d = _fit(xp, best, d)
     values = grid.nearest(tile, 1 / (d * best.sc))
-    return xp.where(largest > 0, d, 0.0), best.sc, values
+    return xp.where(abs(extreme).max(axis=0) > _ALL_ZERO, d, 0.0), best.sc, values
 
 
 def _least(xp: Any, choices: Iterator[_Choice]) -> _Choice:
@@ -226,7 +228,7 @@ def _search_groups(tile: Any, grid: Any, factors: tuple[float, ...]) -> tuple[An
         vv, vx = _sums(tile, grid.nearest(tile, 1 / d))
         d = xp.where(vv > _TINY, vx / xp.maximum(vv, _TINY), d)
     d = _signed_float16(xp, d)
-    return xp.where(abs(extreme) > 0, d, 0.0), grid.nearest(tile, 1 / d)
+    return xp.where(abs(extreme) > _ALL_ZERO, d, 0.0), grid.nearest(tile, 1 / d)
 
 
 def _to_float16(xp: Any, d: Any) -> Any:
