@@ -37,6 +37,8 @@ _LABEL = re.compile(r'^(?:[-\w.$]+|"[^"]+"):')
 _INSTRUCTION = re.compile(r"^  (?:(%[\w.]+) = )?(?:(?:tail|musttail|notail) )?([a-z_]+)(.*)$")
 _CALLEE = re.compile(r'@("[^"]+"|[\w.$]+)\(')
 _VECTOR = re.compile(r"<(\d+) x ")
+#: Either half of 64 bits: how two components of a kernel's attribute arrive, and a register of a GPU.
+_HALF_OF_64 = re.compile(r"i64 %\S+, (?:4294967295|32)(?:,|$)")
 _VALUE = re.compile(r"%[\w.]+")
 #: The shim's functions of a SIMD-group, kept out of line in this mode: their insides are not the kernel's.
 _SIMD_FUNCTION = re.compile(r"^_ZN5metal\d+(?:(?:simd|quad)_|simdgroup_multiply)|^_Z\d+__metal_simd_")
@@ -134,6 +136,8 @@ def _classify(opcode: str, rest: str) -> tuple[str | None, int]:
     """The class of an instruction, and how many of it a vector operation stands for."""
     m = _VECTOR.search(rest.split("@")[0])
     n = int(m.group(1)) if m else 1
+    if opcode in ("and", "lshr") and _HALF_OF_64.search(rest):
+        return "resize", 1
     if opcode in _CLASS_OF:
         return _CLASS_OF[opcode], n
     if opcode == "getelementptr":

@@ -29,7 +29,9 @@ class _Linter:
         self.is_user = is_user
         self.file, self.line = "", 0
         self.faults: dict[Fault, None] = {}
-        self.functions: list[tuple[int, str | None]] = []  # depth in the dump, address (None: implicit), outermost first
+        self.functions: list[
+            tuple[int, str | None]
+        ] = []  # depth in the dump, address (None: implicit), outermost first
         self.names: dict[str, Fault] = {}
         self.calls: dict[str, set[str]] = {}
 
