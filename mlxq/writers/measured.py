@@ -7,6 +7,9 @@ import threading
 
 import numpy as np
 
+#: Sums of this size may have lost a part to underflow: 2^23 squares below float32's normal numbers.
+_LEAST = 1e-30
+
 
 class MeasuredErrors:
     """Relative root mean square errors by tensor."""
@@ -18,9 +21,7 @@ class MeasuredErrors:
 
     def add(self, name: str, w: np.ndarray, w_hat: np.ndarray) -> None:
         """Count some rows of a tensor, as they were and as they are stored; float32, of one shape."""
-        difference = np.subtract(w_hat, w).ravel()
-        w = w.ravel()
-        self.add_squares(name, float(np.vdot(difference, difference)), float(np.vdot(w, w)))
+        self.add_squares(name, _sum_of_squares(np.subtract(w_hat, w).ravel()), _sum_of_squares(w.ravel()))
 
     def add_squares(self, name: str, error: float, size: float) -> None:
         """Count some rows of a tensor by the sums of squares of what changed, and of the weights."""
@@ -37,3 +38,13 @@ class MeasuredErrors:
             name: math.sqrt(error / size) if size else (math.inf if error else 0.0)
             for name, (error, size) in sums.items()
         }
+
+
+def _sum_of_squares(a: np.ndarray) -> float:
+    """Of a float32 vector; 0 only where all is 0, and never beyond what a float64 holds."""
+    with np.errstate(over="ignore", under="ignore"):
+        total = float(np.vdot(a, a))
+    if _LEAST < total < math.inf or not a.any():
+        return total
+    wide = a[a != 0].astype(np.float64)
+    return float(np.vdot(wide, wide))

@@ -1,0 +1,32 @@
+"""Errors of tensors, summed from chunks: nothing that changed is ever called unchanged."""
+
+import math
+
+import numpy as np
+import pytest
+
+from mlxq.writers.measured import MeasuredErrors
+
+
+@pytest.mark.parametrize("size", [1e-45, 1e-30, 1e-24, 1e-10, 1.0, 1e25])
+def test_a_change_of_any_size_counts(size):
+    w = np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)
+    w[1, 2] = size
+    changed = w.copy()
+    changed[1, 2] = 0
+    errors = MeasuredErrors()
+    for rows in (slice(0, 2), slice(2, 4)):
+        errors.add("w", w[rows], changed[rows])
+    errors.add("same", w, w)
+    expected = float(w[1, 2]) / math.sqrt(np.square(w, dtype=np.float64).sum())
+    # Sums of 128 float32 squares.
+    assert errors.relative_rmse["w"] == pytest.approx(expected, rel=1e-5)
+    assert errors.relative_rmse["same"] == 0
+
+
+def test_weights_of_zero_have_an_infinite_error_or_none():
+    errors = MeasuredErrors()
+    zeros = np.zeros((2, 8), np.float32)
+    errors.add("same", zeros, zeros)
+    errors.add("other", zeros, zeros + 1)
+    assert errors.relative_rmse == {"same": 0, "other": math.inf}
