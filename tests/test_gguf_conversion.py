@@ -13,7 +13,7 @@ from llamacpp import LlamaCpp
 import mlxq
 from mlxq.checkpoint.gguf.file import GgufFile
 from mlxq.conversion import convert, export
-from mlxq.errors import Cancelled, CheckpointError, FormatError, OutputError, PlanError
+from mlxq.errors import Cancelled, CheckpointError, FormatError, OutputError, PlanError, VerificationError
 from mlxq.plan.gguf_mixes import FILE_TYPES
 
 #: Rows of whole super-blocks.
@@ -32,10 +32,12 @@ def make_model(directory):
     weights = tiny.random_tensors(tiny.llama_shapes(CONFIG))
     # The next token is one of ASCII: llama.cpp's server tells no probabilities where a text ends within a character.
     weights["lm_head.weight"][94:] = 0
-    tiny.make_model(directory, tensors=weights, **WIDE)
+    tiny.make_model(directory, tensors=weights, **WIDE, eos_token_id=257, bos_token_id=258)
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["th"] = 258
+    tokenizer["model"]["vocab"]["th"] = 256
     tokenizer["model"]["merges"] = [["t", "h"]]
+    for token in tokenizer["added_tokens"]:
+        token["id"] += 1
     (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
     return directory
 
@@ -306,3 +308,147 @@ def test_the_command_line(tmp_path, source):
     assert again.returncode == 1
     assert again.stderr.count("\n") == 1
     assert "--overwrite" in again.stderr
+
+
+def test_both_containers_name_their_one_source(tmp_path, source):
+    """Also in the file that was made from the directory, which is a stage of the work and no source."""
+    convert(source, [tmp_path / "mlx", tmp_path / "m.gguf"], recipe="portable", verify=False)
+    manifests = [json.loads(p.read_text()) for p in (tmp_path / "mlx" / "mlxq.json", tmp_path / "m.mlxq.json")]
+    assert manifests[0]["source"] == manifests[1]["source"]
+    assert manifests[1]["source"]["kind"] == "huggingface"
+
+
+def test_a_pair_that_fails_at_its_end_leaves_nothing(tmp_path, source, monkeypatch):
+    from mlxq.writers.output import OutputDirectory
+
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(OutputDirectory, "_move", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, [tmp_path / "a", tmp_path / "b.gguf"], recipe="portable", modelfile=True, verify=False)
+    assert left(tmp_path) == []
+
+
+def test_a_file_with_one_weight_off_fails_the_comparison_and_leaves_nothing(tmp_path, source, monkeypatch):
+    from mlxq.writers.gguf.target import GgufTarget
+
+    right = GgufTarget._repack
+
+    def wrong(self, plan, rows, mapped):
+        blocks = right(self, plan, rows, mapped).copy()
+        blocks[0, -1] ^= 1
+        return blocks
+
+    monkeypatch.setattr(GgufTarget, "_repack", wrong)
+    with pytest.raises(VerificationError, match="tensors differ"):
+        convert(source, [tmp_path / "a", tmp_path / "b.gguf"], recipe="portable", modelfile=True, verify=False)
+    assert left(tmp_path) == []
+
+
+def split(path, directory):
+    """The parts of a GGUF file, eight tensors each."""
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(make(directory) / "m.gguf", "llama", split_max_tensors=8)
+    for key, value in reader.fields.items():
+        if value.types[0] == gguf.GGUFValueType.ARRAY:
+            writer.add_array(key, value.contents())
+        elif not key.startswith("GGUF.") and key != "general.architecture":
+            writer.add_key_value(key, value.contents(), value.types[0])
+    for t in reader.tensors:
+        writer.add_tensor(t.name, t.data, raw_dtype=t.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(directory.iterdir())
+
+
+def test_the_source_is_never_replaced(tmp_path, source):
+    out, plans = tmp_path / "m.gguf", []
+    convert(source, out, type="Q8_0", verify=False)
+    (tmp_path / "link.gguf").symlink_to(out)
+    for place in (out, tmp_path / "link.gguf"):
+        with pytest.raises(OutputError, match="is the source"):
+            convert(out, place, type="Q4_0", overwrite=True, on_plan=plans.append)
+    parts = split(out, tmp_path / "parts")
+    before = [p.read_bytes() for p in parts]
+    for part in parts[1:]:
+        with pytest.raises(OutputError, match="is a part of the source"):
+            convert(parts[0], part, type="Q4_0", overwrite=True, on_plan=plans.append)
+    assert [p.read_bytes() for p in parts] == before
+    assert len(parts) == 3
+    assert plans == []
+
+
+def test_an_importance_matrix_is_never_replaced(tmp_path, source):
+    writer = gguf.GGUFWriter(tmp_path / "imatrix.gguf", "llama")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", ["text"])
+    writer.add_uint32("imatrix.chunk_count", 1)
+    writer.add_uint32("imatrix.chunk_size", 1)
+    writer.add_tensor("blk.0.ffn_up.weight.in_sum2", np.ones((1, 256), np.float32))
+    writer.add_tensor("blk.0.ffn_up.weight.counts", np.ones((1, 1), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    before = (tmp_path / "imatrix.gguf").read_bytes()
+    with pytest.raises(OutputError, match="is the importance matrix"):
+        convert(source, tmp_path / "imatrix.gguf", imatrix=tmp_path / "imatrix.gguf", overwrite=True)
+    assert (tmp_path / "imatrix.gguf").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", [".gguf", "deep/.gguf"])
+def test_a_file_without_a_name_is_refused_before_any_work(tmp_path, source, name):
+    with pytest.raises(OutputError, match="no name before its ending"):
+        convert(source, tmp_path / name, on_plan=pytest.fail)
+    assert left(tmp_path) == []
+
+
+def test_what_a_tokenizer_lacks_shows_before_the_plan(tmp_path, source):
+    bare = make_model(tmp_path / "bare")
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match="bare: no tokenizer"):
+        convert(bare, tmp_path / "m.gguf", on_plan=pytest.fail)
+
+
+def test_the_portable_recipe_asks_for_the_directory_too(tmp_path, source):
+    with pytest.raises(PlanError, match="makes an MLX directory first"):
+        convert(source, tmp_path / "m.gguf", recipe="portable")
+
+
+def test_a_manifest_names_tensors_as_the_model_and_as_the_file_do(tmp_path, source):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        convert(source, tmp_path / name / "m.gguf", type="Q4_K_M", verify=False)
+    found = json.loads((tmp_path / "a" / "m.mlxq.json").read_text())["tensors"]
+    assert {t["stored"] for t in found} == stored(tmp_path / "a" / "m.gguf").keys()
+    assert found[0]["name"] == "model.embed_tokens.weight"
+    for file in ("m.gguf", "m.mlxq.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_dry_run_names_tensors_as_tensor_type_does(tmp_path, source):
+    done = command.mlxq("convert", source, "-o", tmp_path / "m.gguf", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "blk.1.ffn_down.weight " in done.stdout
+    assert "model.layers" not in done.stdout
+
+
+def test_what_is_printed_of_float_files_and_pairs(tmp_path, source):
+    done = command.mlxq("export", source, "-o", tmp_path / "f.gguf", "--no-verify")
+    assert done.returncode == 0, done.stderr
+    kept = done.stdout.split("Kept float")[1].splitlines()
+    assert kept[1].startswith("  16 tensors, model.embed_tokens.weight to lm_head.weight  2.7 MB")
+    assert kept[2].startswith("Total")
+    assert f"Wrote {tmp_path / 'f.gguf'} (2.7 MB)" in done.stdout
+    done = command.mlxq(
+        "convert", source, "-o", tmp_path / "d", "-o", tmp_path / "p.gguf", "--recipe", "portable", "--no-verify"
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()[-3:]
+    assert lines[0] == "Both hold the same numbers: 21 tensors compared, none differs"
+    assert lines[1] == f"Wrote {tmp_path / 'd'}"
+    assert lines[2].startswith(f"Wrote {tmp_path / 'p.gguf'} (")
+    assert lines[2].endswith("4.770 bits per weight)")

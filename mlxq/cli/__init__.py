@@ -8,16 +8,14 @@ import sys
 import warnings
 from types import FrameType
 
-
-class _Terminated(KeyboardInterrupt):
-    """A signal asks the process to end; work is undone as for Ctrl-C."""
-
-    def __init__(self, number: int):
-        self.status = 128 + number
+#: The signals that asked the process to end: an exception of its own would not come through typer.
+_received: list[int] = []
 
 
 def _terminate(number: int, _: FrameType | None) -> None:
-    raise _Terminated(number)
+    """Work is undone as for Ctrl-C."""
+    _received.append(number)
+    raise KeyboardInterrupt
 
 
 def _warn(message: Warning | str, *_: object, **__: object) -> None:
@@ -41,10 +39,8 @@ def main() -> None:
             sys.stdout.flush()
     except MlxqError as e:
         status = _fail(" ".join(str(e).split()))
-    except _Terminated as e:
-        status = _fail("terminated", e.status)
     except KeyboardInterrupt:
-        status = _fail("interrupted", 130)
+        status = _fail("terminated", 128 + _received[0]) if _received else _fail("interrupted", 130)
     except BrokenPipeError:
         # The reader of our output went away: silence Python's own message at exit, then end quietly.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -57,6 +57,7 @@ def convert(
     recipe: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="uniform; mixed: more bits for value, down-projection, embedding and head; or portable: as mixed, in "
             "codes that a GGUF file holds exactly too. (default: uniform)",
             show_default=False,
@@ -66,6 +67,7 @@ def convert(
     tensor_type: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="RULE",
             help="REGEX=BITS or REGEX=BITS:GROUP for matching tensors; in a GGUF file REGEX=TYPE, with GGUF names. May "
             "be repeated; the last match wins.",
             show_default=False,
@@ -75,12 +77,16 @@ def convert(
     keep: Annotated[
         list[str] | None,
         typer.Option(
-            help="REGEX of tensors that stay float; may be repeated.", show_default=False, rich_help_panel=PLAN
+            metavar="REGEX",
+            help="Tensors that stay float; may be repeated.",
+            show_default=False,
+            rich_help_panel=PLAN,
         ),
     ] = None,
     dtype: Annotated[
         str | None,
         typer.Option(
+            metavar="NAME",
             help="float16, bfloat16 or float32 for scales and kept tensors. (default: as the source)",
             show_default=False,
             rich_help_panel=PLAN,
@@ -120,7 +126,7 @@ def convert(
     from mlxq.errors import OutputError
 
     if not output and not dry_run:
-        raise OutputError("say where the result goes with --output DIR or FILE.gguf (or plan only, with --dry-run)")
+        raise OutputError("say where the result goes, with --output DIR or FILE.gguf (or plan only, with --dry-run)")
     with ProgressBars() as bars:
         result = run(
             source,
@@ -144,6 +150,6 @@ def convert(
             progress=bars,
         )
     if dry_run:
-        print_plan(result.plan, result.config, context)
+        print_plan(result, context)
     else:
-        print_result(result, " and ".join(output))
+        print_result(result, output)

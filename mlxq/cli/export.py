@@ -14,11 +14,14 @@ def export(
     source: Source,
     output: Annotated[
         str | None,
-        typer.Option("--output", "-o", help="File to make, which ends in .gguf. Not needed with --dry-run."),
+        typer.Option(
+            "--output", "-o", metavar="PATH", help="File to make, which ends in .gguf; not needed with --dry-run."
+        ),
     ] = None,
     tensor_type: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="RULE",
             help="REGEX=TYPE for tensors with matching GGUF names; may be repeated, the last match wins.",
             show_default=False,
             rich_help_panel=GGUF,
@@ -39,7 +42,7 @@ def export(
     from mlxq.errors import OutputError
 
     if not output and not dry_run:
-        raise OutputError("say where the result goes with --output FILE.gguf (or plan only, with --dry-run)")
+        raise OutputError("say where the result goes, with --output FILE.gguf (or plan only, with --dry-run)")
     with ProgressBars() as bars:
         result = run(
             source,
@@ -56,6 +59,6 @@ def export(
             progress=bars,
         )
     if dry_run:
-        print_plan(result.plan, result.config, context)
+        print_plan(result, context)
     else:
-        print_result(result, output)
+        print_result(result, [output])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.architectures.memory import human_bytes, memory_to_run
@@ -18,10 +20,15 @@ _LABELS = {
     "quantize": "Quantizing",
     "write": "Writing",
     "verify": "Proving",
+    "compare": "Comparing",
     "load": "Loading",
     "prompt": "Reading the prompt",
     "generate": "Generating",
 }
+
+
+#: Weights that stay float for one reason are listed up to this many.
+_LISTED = 8
 
 
 class ProgressBars:
@@ -53,7 +60,7 @@ class ProgressBars:
     def __call__(self, event: Progress) -> None:
         if self._finished:
             return
-        if not self._tasks and time.monotonic() - self._began < 1 and event.stage != "verify":
+        if not self._tasks and time.monotonic() - self._began < 1 and event.stage not in ("verify", "compare"):
             return
         if not (sys.stderr and sys.stderr.isatty()):
             self._tell(event)
@@ -86,20 +93,30 @@ def _bars() -> Any:
     )
 
 
-def print_plan(plan: Plan, config: dict[str, Any], context: int) -> None:
-    """The whole plan, one line a tensor, and the totals."""
+def print_plan(result: ConversionResult, context: int) -> None:
+    """The whole plan, one line a tensor by the name that --tensor-type knows it by, and the totals."""
+    plan = result.plan
     rows = [("tensor", "shape", "from", "to", "bytes", "why")]
     for p in plan.tensors:
         to = f"{p.action} {p.spec} {p.dtype}" if p.spec else f"{p.action} {p.dtype}"
         nbytes = f"{plan.nbytes_by_name[p.info.name]:,}"
-        rows.append((p.info.name, " x ".join(map(str, p.info.shape)), p.info.dtype, to, nbytes, p.reason))
+        rows.append(
+            (
+                result.stored_names.get(p.info.name, p.info.name),
+                " x ".join(map(str, p.info.shape)),
+                p.info.dtype,
+                to,
+                nbytes,
+                p.reason,
+            )
+        )
     widths = [max(len(r[i]) for r in rows) for i in range(5)]
     for name, shape, source, to, nbytes, why in rows:
         columns = f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {source:<{widths[2]}}  {to:<{widths[3]}}"
         print(f"{columns}  {nbytes:>{widths[4]}}  {why}")
     print()
     print_summary(plan)
-    print(f"Memory to run {context:,} tokens of context: {memory_to_run(plan.nbytes, config, context)}")
+    print(f"Memory to run {context:,} tokens of context: {memory_to_run(plan.nbytes, result.config, context)}")
 
 
 def print_summary(plan: Plan) -> None:
@@ -113,11 +130,7 @@ def print_summary(plan: Plan) -> None:
         totals[2] += plan.nbytes_by_name[p.info.name]
     for key, (count, size, nbytes) in sorted(groups.items(), key=lambda g: -g[1][2]):
         print(f"  {key:<32} {count:>5} tensors  {size / 1e6:>9.1f}M weights  {human_bytes(nbytes):>9}")
-    if plan.kept_weights:
-        total = sum(plan.nbytes_by_name[p.info.name] for p in plan.kept_weights)
-        print(f"Kept float though a layer's weight, {human_bytes(total)}:")
-        for p in plan.kept_weights:
-            print(f"  {p.info.name}  {human_bytes(plan.nbytes_by_name[p.info.name])}  ({p.reason})")
+    _print_kept(plan)
     for note in plan.notes:
         print(f"Note: {note}")
     if plan.dropped:
@@ -126,8 +139,28 @@ def print_summary(plan: Plan) -> None:
     print(f"Total {human_bytes(plan.nbytes)}, {plan.n_weights / 1e6:.1f}M weights, {bpw}")
 
 
-def print_result(result: ConversionResult, output: str) -> None:
-    """What the proof measured, and where the result is, as the person named it."""
+def _print_kept(plan: Plan) -> None:
+    """Each weight that stays float; those that share a reason in one line where they are many."""
+    reasons: dict[str, list[str]] = {}
+    for p in plan.kept_weights:
+        reasons.setdefault(p.reason, []).append(p.info.name)
+    if not reasons:
+        return
+
+    def size(names: list[str]) -> str:
+        return human_bytes(sum(plan.nbytes_by_name[n] for n in names))
+
+    print(f"Kept float though a layer's weight, {size([n for names in reasons.values() for n in names])}:")
+    for reason, names in reasons.items():
+        if len(names) > _LISTED:
+            print(f"  {len(names)} tensors, {names[0]} to {names[-1]}  {size(names)}  ({reason})")
+            continue
+        for name in names:
+            print(f"  {name}  {size([name])}  ({reason})")
+
+
+def print_result(result: ConversionResult, outputs: Sequence[str]) -> None:
+    """What the proof measured, and where the results are, as the person named them."""
     from mlxq.evaluate.report import render
 
     for note in result.notes:
@@ -136,4 +169,15 @@ def print_result(result: ConversionResult, output: str) -> None:
         print("Not verified (--no-verify)")
     else:
         print(render(result.verification))
-    print(f"Wrote {output}")
+    if result.gguf_plan is not None:
+        print(f"Both hold the same numbers: {len(result.plan.tensors)} tensors compared, none differs")
+    for output in outputs:
+        print(f"Wrote {output}{_described(Path(output).expanduser(), result)}")
+
+
+def _described(path: Path, result: ConversionResult) -> str:
+    """Size of a file that was made; of one beside a directory the bits per weight too."""
+    if not path.is_file():
+        return ""
+    size = human_bytes(path.stat().st_size)
+    return f" ({size}, {result.gguf_plan.bpw:.3f} bits per weight)" if result.gguf_plan else f" ({size})"

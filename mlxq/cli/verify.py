@@ -53,8 +53,10 @@ def verify(
         str | None, typer.Option(help="Branch, tag or commit of a Hub id B.", rich_help_panel="Source")
     ] = None,
 ) -> None:
-    """Compare two artifacts of one model (Hugging Face, MLX, GGUF): weights as numbers, token ids, chat template,
-    settings. The exit status is 0 if all are the same, 1 if not."""
+    """Compare two artifacts of one model: weights as numbers, token ids, chat template, settings.
+
+    Each is a Hugging Face, MLX or GGUF model. The exit status is 0 if all are the same, 1 if not.
+    """
     from mlxq.cli.render import ProgressBars
     from mlxq.evaluate.comparison.compare import PARTS, compare
 

@@ -69,6 +69,9 @@ def convert(
         progress: called with `Progress` events, from this thread.
         cancel: stops the conversion within one chunk of rows.
 
+    Returns:
+        The plan, what the proof measured, and notes on what was lost beside it.
+
     Raises:
         MlxqError: a subclass for each stage; nothing is left at `output` then.
     """
@@ -82,6 +85,10 @@ def convert(
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
     given = next((name for name, value in of_gguf.items() if value is not None), None)
     if is_gguf(job.output) or (job.output is None and given):
+        if recipe == "portable":
+            raise PlanError(
+                "--recipe portable makes an MLX directory first: name that with an --output of its own"
+            )
         _refuse(of_mlx, "an MLX directory; a GGUF file takes --type and --tensor-type REGEX=TYPE")
         return to_gguf(job, GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile))
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")

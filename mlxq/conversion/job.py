@@ -22,8 +22,8 @@ OTHER_FILES = 64 << 20
 class ConversionResult:
     """What a conversion did.
 
-    `path` is None for a dry run, `verification` None when it was skipped; `gguf` is the file that was made beside a
-    directory.
+    `path` is None for a dry run, `verification` None when it was skipped; `gguf` and `gguf_plan` are the file that was
+    made beside a directory, and its plan. `stored_names` are the names of a GGUF file's tensors by those of the plan.
     """
 
     path: Path | None
@@ -32,13 +32,15 @@ class ConversionResult:
     verification: Any = None
     notes: tuple[str, ...] = field(default=())
     gguf: Path | None = None
+    gguf_plan: Plan | None = None
+    stored_names: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Job:
     """Source, place of the result, and how the work is run; see `mlxq.convert`.
 
-    `name` is what the source is called where that is not its place.
+    `name` is what the source is called where that is not its place, and `origin` what a manifest says of it then.
     """
 
     source: str | os.PathLike[str]
@@ -51,6 +53,7 @@ class Job:
     progress: ProgressCallback | None
     cancel: CancelToken
     name: str | os.PathLike[str] | None = None
+    origin: dict[str, Any] | None = None
 
     @property
     def path(self) -> Path:
@@ -60,7 +63,7 @@ class Job:
             OutputError: nothing was given.
         """
         if self.output is None or not os.fspath(self.output):
-            raise OutputError("no output directory given")
+            raise OutputError("no output given: a directory, or a file name that ends in .gguf")
         return Path(self.output).expanduser()
 
     @property
@@ -85,6 +88,8 @@ class Job:
 
     def describe(self, checkpoint: Checkpoint, files: dict[str, str]) -> dict[str, Any]:
         """The source as the manifest names it; `files` are the SHA-256 digests of its weight files."""
+        if self.origin is not None:
+            return self.origin
         text = self.source_name
         name = os.path.basename(os.path.abspath(text)) if os.path.exists(text) else text
         described: dict[str, Any] = {"name": name, "kind": checkpoint.kind}
@@ -93,10 +98,19 @@ class Job:
         return described | {"files": dict(sorted(files.items()))}
 
 
-def refuse_source(output: Path, source: Path) -> None:
-    """An output must neither hold its source nor lie in it. Files are compared, not names: names may differ in case."""
+def refuse_source(output: Path, checkpoint: Checkpoint) -> None:
+    """An output must neither be, hold nor lie in its source. Files are compared, not names: names may differ in case.
+
+    Raises:
+        OutputError: it does.
+    """
+    source = checkpoint.path
     above = [p for p in (output, *output.resolve().parents) if p.exists()]
-    if output.exists() and any(output.samefile(p) for p in (source, *source.resolve().parents)):
-        raise OutputError(f"{output} holds the source; choose another output")
+    if output.exists():
+        if any(output.samefile(p) for p in (source, *checkpoint.files())):
+            what = "is the source" if output.samefile(source) else "is a part of the source"
+            raise OutputError(f"{output} {what}; choose another output")
+        if any(output.samefile(p) for p in source.resolve().parents):
+            raise OutputError(f"{output} holds the source; choose another output")
     if any(p.samefile(source) for p in above):
         raise OutputError(f"{output} lies in the source directory; choose another output")

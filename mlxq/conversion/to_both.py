@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mlxq.conversion.job import ConversionResult, Job
 from mlxq.conversion.to_gguf import GGUF_SUFFIX, GgufRequest, to_gguf
@@ -29,7 +30,10 @@ def to_both(
     files = [o for o in outputs if is_gguf(o)]
     directories = [o for o in outputs if not is_gguf(o)]
     if len(files) != 1 or len(directories) != 1:
-        raise PlanError(f"two outputs are one directory and one file that ends in {GGUF_SUFFIX}")
+        raise PlanError(
+            f"more than one output is one directory and one file that ends in {GGUF_SUFFIX}, by the portable recipe; "
+            f"got {', '.join(map(os.fspath, outputs))}"
+        )
     if options.recipe != "portable":
         raise PlanError("two outputs need --recipe portable: it alone chooses codes that both containers hold")
     first = replace(job, output=directories[0])
@@ -39,13 +43,20 @@ def to_both(
         OutputFile(second.path, overwrite=job.overwrite, beside=request.beside(second.path))
         if second.path.resolve().is_relative_to(first.path.resolve()):
             raise OutputError(f"{second.path} lies in the directory {first.path} that is to be made")
+    made: list[ConversionResult] = []
 
-    def export(staged: Path) -> None:
-        to_gguf(replace(second, source=staged), request)
-        _compare(staged, second)
+    def export(staged: Path, source: dict[str, Any]) -> None:
+        of_source = replace(second, source=staged, origin=source)
+        made.append(to_gguf(of_source, request, before_commit=lambda file: _compare(staged, file, second)))
 
-    result = to_mlx(first, options, before_commit=export)
-    return result if job.dry_run else replace(result, gguf=second.path)
+    try:
+        result = to_mlx(first, options, before_commit=export)
+    except BaseException:
+        if made and not job.overwrite:
+            for name in (second.path.name, *request.beside(second.path)):
+                (second.path.parent / name).unlink(missing_ok=True)
+        raise
+    return result if job.dry_run else replace(result, gguf=second.path, gguf_plan=made[0].plan)
 
 
 def is_gguf(output: str | os.PathLike[str] | None) -> bool:
@@ -53,10 +64,9 @@ def is_gguf(output: str | os.PathLike[str] | None) -> bool:
     return output is not None and os.fspath(output).lower().endswith(GGUF_SUFFIX)
 
 
-def _compare(staged: Path, second: Job) -> None:
+def _compare(staged: Path, file: Path, second: Job) -> None:
     from mlxq.evaluate.comparison.compare import compare
 
-    comparison = compare(staged, second.path, only=("tensors",), progress=second.progress, cancel=second.cancel)
+    comparison = compare(staged, file, only=("tensors",), progress=second.progress, cancel=second.cancel)
     if not comparison.passed:
-        second.path.unlink()
         raise VerificationError(f"{second.path}: {comparison.failure}; nothing was written")

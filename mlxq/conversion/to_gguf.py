@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from mlxq.calibration.imatrix import ImportanceMatrix
 from mlxq.checkpoint.gguf.fields import config_name
 from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor, architecture_for
 from mlxq.checkpoint.gguf.names import to_gguf as gguf_name
+from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
-from mlxq.errors import CheckpointError, PlanError
+from mlxq.errors import CheckpointError, OutputError, PlanError
 from mlxq.formats import crossings
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
 from mlxq.plan.gguf_mixes import GgufModel
@@ -52,26 +54,33 @@ class GgufRequest:
         return (_manifest_name(path), *((MODELFILE,) if self.modelfile else ()))
 
 
-def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
-    """Plan, write and prove a GGUF file; see `mlxq.convert`."""
+def to_gguf(
+    job: Job, request: GgufRequest, before_commit: Callable[[Path], None] = lambda staged: None
+) -> ConversionResult:
+    """Plan, write and prove a GGUF file; see `mlxq.convert`. `before_commit` is called with the file, still staged."""
     options = GgufOptions(request.type, request.tensor_types, request.exact, request.as_stored)
     importance = ImportanceMatrix.read(request.imatrix) if request.imatrix is not None else None
     stage = None
     if not job.dry_run:
         stage = OutputFile(job.path, overwrite=job.overwrite, beside=request.beside(job.path))
+        _refuse_importance(stage.path, request)
     with open_checkpoint(job.source, job.revision, job.progress, accept=architecture_for) as checkpoint:
+        if stage is not None:
+            refuse_source(stage.path, checkpoint)
+        if checkpoint.kind != "gguf" and not is_tokenizer(checkpoint.companion_files()):
+            raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
         _, arch = architecture_for(checkpoint.config)
         parameters = ParameterMap(checkpoint)
         names = _names(parameters, arch)
         plan = _plan(parameters, names, options, _model(checkpoint.config, arch), importance)
-        if job.on_plan:
-            job.on_plan(plan)
         # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.
         metadata = file_metadata(checkpoint, arch, plan, source=job.source_name, pre=request.pre)
         rope = rope_tensors(checkpoint.config)
+        if job.on_plan:
+            job.on_plan(plan)
+        stored_names = {name: mapped.name for name, mapped in names.items()}
         if stage is None:
-            return ConversionResult(None, plan, checkpoint.config)
-        refuse_source(stage.path, checkpoint.path)
+            return ConversionResult(None, plan, checkpoint.config, stored_names=stored_names)
         stage.check_space(plan.nbytes + OTHER_FILES)
         target = GgufTarget(parameters, plan, names, metadata, rope, importance, stage.path.name)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
@@ -93,14 +102,24 @@ def to_gguf(job: Job, request: GgufRequest) -> ConversionResult:
                     verification=verification.to_dict() if verification else None,
                     notes=notes,
                     errors=target.errors.relative_rmse,
+                    stored_names=stored_names,
                 ),
             )
+            before_commit(stage.staged)
             stage.commit()
-        return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))
+        return ConversionResult(
+            stage.path, plan, checkpoint.config, verification, tuple(notes), stored_names=stored_names
+        )
 
 
 def _manifest_name(path: Path) -> str:
     return f"{path.stem}.mlxq.json"
+
+
+def _refuse_importance(output: Path, request: GgufRequest) -> None:
+    """The importance matrix may be a GGUF file too; it is not replaced."""
+    if request.imatrix is not None and output.exists() and output.samefile(request.imatrix):
+        raise OutputError(f"{output} is the importance matrix; choose another output")
 
 
 def _names(parameters: ParameterMap, arch: GgufArchitecture) -> dict[str, MappedTensor]:
@@ -160,8 +179,12 @@ def _exact_types(parameters: ParameterMap, info: TensorInfo) -> tuple[str, ...]:
 
 
 def _refuse_changed(errors: dict[str, float], names: dict[str, MappedTensor]) -> None:
-    changed = next((name for name, error in errors.items() if error), None)
-    if changed is not None:
-        name = names[changed].name.removesuffix(".weight")
-        hint = f"--tensor-type '{name}=F32' keeps it"
-        raise PlanError(f"--exact: {name} changed by {errors[changed]:.1e} of its size; {hint}")
+    changed = [name for name, error in errors.items() if error]
+    if not changed:
+        return
+    name = names[changed[0]].name.removesuffix(".weight")
+    what = f"{name} changed" if len(changed) == 1 else f"{len(changed)} tensors changed, such as {name},"
+    raise PlanError(
+        f"--exact: {what} by {errors[changed[0]]:.1e} of its size; --tensor-type '{name}=F32' keeps it, and mlxq "
+        "export keeps all that a GGUF file can hold"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
@@ -22,11 +23,14 @@ from mlxq.writers.stream import WeightStream
 
 
 def to_mlx(
-    job: Job, options: PlanOptions, before_commit: Callable[[Path], None] = lambda staged: None
+    job: Job, options: PlanOptions, before_commit: Callable[[Path, dict[str, Any]], None] = lambda staged, source: None
 ) -> ConversionResult:
-    """Plan, write and prove an MLX directory; see `mlxq.convert`. `before_commit` is called when all is staged."""
+    """Plan, write and prove an MLX directory; see `mlxq.convert`. `before_commit` is called with the stage and
+    what the manifest says of the source, when all is staged."""
     stage = None if job.dry_run else OutputDirectory(job.path, overwrite=job.overwrite)
     with open_checkpoint(job.source, job.revision, job.progress, accept=model_classes) as checkpoint:
+        if stage is not None:
+            refuse_source(stage.path, checkpoint)
         parameters = ParameterMap(checkpoint)
         plan = make_plan(
             parameters.tensors.values(),
@@ -40,7 +44,6 @@ def to_mlx(
             job.on_plan(plan)
         if stage is None:
             return ConversionResult(None, plan, checkpoint.config)
-        refuse_source(stage.path, checkpoint.path)
         companions = checkpoint.companion_files()
         if not is_tokenizer(companions):
             raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
@@ -55,10 +58,11 @@ def to_mlx(
             notes = target.notes()
             verification = job.prove(parameters, stage.stage, plan)
             files = digests.written | {name: sha256(stage.stage / name) for name in ("config.json", *companions)}
+            described = job.describe(checkpoint, digests.source)
             stage.write(
                 MANIFEST,
                 manifest_json(
-                    source=job.describe(checkpoint, digests.source),
+                    source=described,
                     options=dataclasses.asdict(options),
                     plan=plan,
                     files=dict(sorted(files.items())),
@@ -67,6 +71,6 @@ def to_mlx(
                     errors=target.errors.relative_rmse,
                 ),
             )
-            before_commit(stage.stage)
+            before_commit(stage.stage, described)
             stage.commit()
         return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))

@@ -37,11 +37,13 @@ def manifest_json(
     verification: dict[str, Any] | None,
     notes: list[str],
     errors: Mapping[str, float] | None = None,
+    stored_names: Mapping[str, str] | None = None,
 ) -> bytes:
     """The manifest's bytes. It holds no times and no paths of the machine, so equal inputs give equal bytes.
 
     `errors` are the relative RMSEs that writing a tensor was measured to cause, by its name. Where there is none,
-    a repacked or kept tensor is what it was in the source; a quantized one is not measured here.
+    a repacked or kept tensor is what it was in the source; a quantized one is not measured here. `stored_names` are
+    the tensors' names in the file where those are not the parameters' names.
     """
     content = {
         "schema": SCHEMA,
@@ -56,14 +58,17 @@ def manifest_json(
         "dropped": list(plan.dropped),
         "files": files,
         "tensors": [
-            _tensor(p, plan.nbytes_by_name[p.info.name], (errors or {}).get(p.info.name)) for p in plan.tensors
+            {"name": p.info.name}
+            | ({"stored": stored_names[p.info.name]} if stored_names else {})
+            | _tensor(p, plan.nbytes_by_name[p.info.name], (errors or {}).get(p.info.name))
+            for p in plan.tensors
         ],
     }
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _tensor(p: TensorPlan, nbytes: int, error: float | None) -> dict[str, Any]:
-    out: dict[str, Any] = {"name": p.info.name, "shape": list(p.info.shape), "from": p.info.dtype, "action": p.action}
+    out: dict[str, Any] = {"shape": list(p.info.shape), "from": p.info.dtype, "action": p.action}
     if p.spec:
         out |= {"bits": p.spec.bits, "group_size": p.spec.group_size, "mode": p.spec.mode}
     out |= {"dtype": p.dtype, "bytes": nbytes, "reason": p.reason}

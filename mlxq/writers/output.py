@@ -55,7 +55,7 @@ class OutputDirectory:
             parent = _existing_parent(self.path)
             free = shutil.disk_usage(parent).free
         if free < nbytes:
-            raise OutputError(f"{parent} has {free / 1e6:,.0f} MB free; the result needs {nbytes / 1e6:,.0f} MB")
+            raise OutputError(f"{parent} has {free / 1e6:,.0f} MB free; the result may take {nbytes / 1e6:,.0f} MB")
 
     def __enter__(self) -> OutputDirectory:
         self._siblings.acquire()

@@ -25,6 +25,8 @@ class OutputFile(OutputDirectory):
 
     def __init__(self, path: Path, *, overwrite: bool = False, beside: tuple[str, ...] = ()):
         self._beside = beside
+        if not path.suffix:
+            raise OutputError(f"{path} has no name before its ending; name a file to make")
         super().__init__(path, overwrite=overwrite)
 
     @property

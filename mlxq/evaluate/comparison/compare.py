@@ -148,7 +148,7 @@ def compare(
         only: what to compare, of `PARTS`; default all.
         logits: also run both over a short text and measure the divergence of their predictions.
         revision_a, revision_b: branch, tag or commit of a Hub id.
-        progress: called with stage `verify` (and `download`).
+        progress: called with stage `compare` (and `download`, and `verify` for `logits`).
         cancel: checked between chunks of rows.
 
     Returns:

@@ -94,7 +94,7 @@ def compare_tensors(
 
     Args:
         a, b: the same model twice, in any formats.
-        progress: called with stage `verify` and the bytes stored on both sides.
+        progress: called with stage `compare` and the bytes stored on both sides.
         cancel: checked between chunks of rows.
 
     Raises:
@@ -113,7 +113,7 @@ def compare_tensors(
             found[info.name] += sums
             done += (info.nbytes + b.tensors[info.name].nbytes) * chunk.size / max(info.size, 1)
             if progress is not None:
-                progress(Progress("verify", min(round(done), total), total, "bytes", info.name))
+                progress(Progress("compare", min(round(done), total), total, "bytes", info.name))
     names = [*a.tensors, *(n for n in b.tensors if n not in a.tensors)]
     return [work.result(name, found.get(name)) for name in names]
 
