@@ -25,10 +25,20 @@ MLXQ_FUNC uint affine_code(const thread uint* w, int i) {
   return at + bits == 32 ? w[word] >> at : (w[word] >> at) & mask;
 }
 
+/// Code `i` of a run as float; bytes are converted as bytes, without a mask.
+template <int bits>
+MLXQ_FUNC float affine_float(const thread uint* w, int i) {
+  if constexpr (bits == 8) {
+    return float(uchar(w[i / 4] >> (i % 4 * 8)));
+  } else {
+    return float(affine_code<bits>(w, i));
+  }
+}
+
 /// Whether `affine_masked` leaves code `i` where it lies in its word, multiplied by 2^at.
 template <int bits>
 MLXQ_FUNC constexpr bool affine_in_place(int i) {
-  return i * bits % 32 + bits < 32;
+  return bits < 8 && i * bits % 32 + bits < 32;
 }
 
 /// 2^-at for a code that `affine_masked` leaves in place, else 1.
@@ -40,7 +50,10 @@ MLXQ_FUNC constexpr float affine_place(int i) {
 /// Code `i` of a run times 2^at where it ends before its word does: masked, not shifted. The power of two is taken off
 /// the other factor, once for many codes (the method of mlx/backend/metal/kernels/quantized.h, there with 16 bits).
 template <int bits>
-MLXQ_FUNC uint affine_masked(const thread uint* w, int i) {
+MLXQ_FUNC float affine_masked(const thread uint* w, int i) {
   constexpr uint mask = (1u << bits) - 1u;
-  return affine_in_place<bits>(i) ? w[i * bits / 32] & (mask << (i * bits % 32)) : affine_code<bits>(w, i);
+  if (affine_in_place<bits>(i)) {
+    return float(w[i * bits / 32] & (mask << (i * bits % 32)));
+  }
+  return affine_float<bits>(w, i);
 }

@@ -162,8 +162,8 @@ MLXQ_FUNC void affine_qmm_t_tile(
           MLXQ_UNROLL
           for (int n = 0; n < n_fragments; n++) {
             simdgroup_matrix<float, 8, 8> b;
-            b.thread_elements()[0] = fma(scale[n][0], float(affine_code<bits>(codes[n][0], j)), bias[n][0]);
-            b.thread_elements()[1] = fma(scale[n][1], float(affine_code<bits>(codes[n][1], j)), bias[n][1]);
+            b.thread_elements()[0] = fma(scale[n][0], affine_float<bits>(codes[n][0], j), bias[n][0]);
+            b.thread_elements()[1] = fma(scale[n][1], affine_float<bits>(codes[n][1], j), bias[n][1]);
             MLXQ_UNROLL
             for (int m = 0; m < m_fragments; m++) {
               simdgroup_multiply_accumulate(sums[m][n], a[m], b, sums[m][n]);
@@ -217,26 +217,25 @@ MLXQ_FUNC void affine_qmm_t(
       w, scales, biases, x + size_t(first) * K, y + size_t(first) * N, tile, rows, at.x, simd_group, lane);
 }
 
-/// Codes of a lane's run in `affine_qmm_n`: the fewest from 16 that fill words.
-template <int bits>
-constexpr int affine_qmm_n_run() {
-  return bits == 3 || bits == 5 ? 32 : 16;
-}
-
-/// Rows of a tile of y in `affine_qmm_n`: what the accumulators hold.
-template <int bits>
-constexpr int affine_qmm_n_rows() {
-  return 512 / affine_qmm_n_run<bits>();
-}
-
-/// Columns of a tile of y in `affine_qmm_n`.
-template <int bits>
-constexpr int affine_qmm_n_columns() {
-  return 4 * QMM_SIMD_GROUPS * affine_qmm_n_run<bits>();
-}
-
+constant constexpr int QMM_N_RUN = 16;
+constant constexpr int QMM_N_TILE_M = 32;
+constant constexpr int QMM_N_TILE_K = 4 * QMM_SIMD_GROUPS * QMM_N_RUN;
 constant constexpr int QMM_N_DEPTH = 64;
 constant constexpr int QMM_N_STRIDE = QMM_N_DEPTH + 8;
+
+/// Sixteen codes from code `k` of a row, `k` a multiple of 16: half words where they fill no words.
+template <int bits>
+MLXQ_FUNC void affine_load16(const device uint* row, int k, thread uint* codes) {
+  if constexpr (bits % 2 == 0) {
+    load_words<bits / 2>(row + k * bits / 32, codes);
+  } else {
+    const device ushort* halves = (const device ushort*)row + k * bits / 16;
+    MLXQ_UNROLL
+    for (int i = 0; i < bits; i += 2) {
+      codes[i / 2] = i + 1 < bits ? uint(halves[i]) | (uint(halves[i + 1]) << 16) : uint(halves[i]);
+    }
+  }
+}
 
 /// y = x @ w_hat: `x` [M, N], `w` [N, K], tile (`at.y`, `at.x`) of y.
 ///
@@ -254,17 +253,13 @@ MLXQ_FUNC void affine_qmm_n(
     uint3 at,
     uint simd_group,
     uint lane) {
-  constexpr int run = affine_qmm_n_run<bits>();
-  constexpr int n_words = affine_words<bits, run>();
-  constexpr int chunk = run < group_size ? run : group_size;
-  constexpr int tile_rows = affine_qmm_n_rows<bits>();
-  constexpr int m_fragments = tile_rows / 8;
-  constexpr int k_fragments = run / 2;
-  const int first_m = int(at.y) * tile_rows;
+  constexpr int m_fragments = QMM_N_TILE_M / 8;
+  constexpr int k_fragments = QMM_N_RUN / 2;
+  const int first_m = int(at.y) * QMM_N_TILE_M;
   const int row = fragment_row(lane);
   const int column = fragment_column(lane);
-  const int k = int(at.x) * affine_qmm_n_columns<bits>() + (int(simd_group) * 4 + column / 2) * run;
-  const bool inside = K % affine_qmm_n_columns<bits>() == 0 || k < K;
+  const int k = int(at.x) * QMM_N_TILE_K + (int(simd_group) * 4 + column / 2) * QMM_N_RUN;
+  const bool inside = K % QMM_N_TILE_K == 0 || k < K;
 
   simdgroup_matrix<float, 8, 8> sums[m_fragments][k_fragments];
   MLXQ_UNROLL
@@ -278,7 +273,7 @@ MLXQ_FUNC void affine_qmm_n(
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const int thread_index = int(simd_group * SIMD_LANES + lane);
     MLXQ_UNROLL
-    for (int i = 0; i < tile_rows * QMM_N_DEPTH / (QMM_SIMD_GROUPS * SIMD_LANES); i++) {
+    for (int i = 0; i < QMM_N_TILE_M * QMM_N_DEPTH / (QMM_SIMD_GROUPS * SIMD_LANES); i++) {
       const int element = i * QMM_SIMD_GROUPS * SIMD_LANES + thread_index;
       const int m = element / QMM_N_DEPTH;
       const int n = element % QMM_N_DEPTH;
@@ -291,17 +286,14 @@ MLXQ_FUNC void affine_qmm_n(
     threadgroup_barrier(mem_flags::mem_threadgroup);
     for (int n = 0; n < QMM_N_DEPTH && start + n < N; n += 8) {
       const bool held = inside && (N % 8 == 0 || start + n + row < N);
-      uint codes[n_words] = {};
-      float scale[run / chunk] = {};
-      float bias[run / chunk] = {};
+      uint codes[(bits + 1) / 2] = {};
+      float scale = 0.0f;
+      float bias = 0.0f;
       if (held) {
         const size_t weight_row = size_t(start + n + row);
-        load_words<n_words>(w + weight_row * (K * bits / 32) + k * bits / 32, codes);
-        MLXQ_UNROLL
-        for (int c = 0; c < run / chunk; c++) {
-          scale[c] = float(scales[weight_row * (K / group_size) + k / group_size + c]);
-          bias[c] = float(biases[weight_row * (K / group_size) + k / group_size + c]);
-        }
+        affine_load16<bits>(w + weight_row * (K * bits / 32), k, codes);
+        scale = float(scales[weight_row * (K / group_size) + k / group_size]);
+        bias = float(biases[weight_row * (K / group_size) + k / group_size]);
       }
       simdgroup_matrix<float, 8, 8> a[m_fragments];
       MLXQ_UNROLL
@@ -313,10 +305,9 @@ MLXQ_FUNC void affine_qmm_n(
       }
       MLXQ_UNROLL
       for (int f = 0; f < k_fragments; f++) {
-        const int c = 2 * f / chunk;
         simdgroup_matrix<float, 8, 8> b;
-        b.thread_elements()[0] = fma(scale[c], float(affine_code<bits>(codes, 2 * f)), bias[c]);
-        b.thread_elements()[1] = fma(scale[c], float(affine_code<bits>(codes, 2 * f + 1)), bias[c]);
+        b.thread_elements()[0] = fma(scale, affine_float<bits>(codes, 2 * f), bias);
+        b.thread_elements()[1] = fma(scale, affine_float<bits>(codes, 2 * f + 1), bias);
         MLXQ_UNROLL
         for (int m = 0; m < m_fragments; m++) {
           simdgroup_multiply_accumulate(sums[m][f], a[m], b, sums[m][f]);

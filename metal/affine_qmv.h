@@ -56,7 +56,7 @@ MLXQ_FUNC void affine_qmv_step(
       float dot = 0.0f;
       MLXQ_UNROLL
       for (int i = c * chunk; i < (c + 1) * chunk; i++) {
-        dot = fma(v[i], float(affine_masked<bits>(codes, i)), dot);
+        dot = fma(v[i], affine_masked<bits>(codes, i), dot);
       }
       sums[r] = fma(float(scales[group]), dot, fma(float(biases[group]), totals[c], sums[r]));
     }
@@ -137,7 +137,7 @@ MLXQ_FUNC void affine_qmv_rows_step(
       }
       MLXQ_UNROLL
       for (int j = 0; j < 8; j++) {
-        v[r][j] = fma(scale[r], float(affine_code<bits>(codes[r], i + j)), bias[r]);
+        v[r][j] = fma(scale[r], affine_float<bits>(codes[r], i + j), bias[r]);
       }
     }
     MLXQ_UNROLL

@@ -10,9 +10,10 @@ constexpr int affine_dequantize_run() {
 
 /// Scale * q rounded to the dtype of the scales, then + bias rounded again: what mx.dequantize computes on the CPU.
 template <typename T>
-MLXQ_FUNC float affine_reconstruct(uint q, float scale, float bias) {
+MLXQ_FUNC T affine_reconstruct(uint q, T scale, T bias) {
+#pragma METAL fp contract(off)
 #pragma clang fp contract(off)
-  const float product = float(T(scale * float(q)));
+  const T product = scale * T(q);
   return product + bias;
 }
 
@@ -28,16 +29,16 @@ MLXQ_FUNC void affine_dequantize(
   const size_t first = size_t(index) * run;
   MLXQ_UNROLL
   for (int c = 0; c < run; c += chunk) {
-    const float scale = float(scales[(first + c) / group_size]);
-    const float bias = float(biases[(first + c) / group_size]);
+    const T scale = scales[(first + c) / group_size];
+    const T bias = biases[(first + c) / group_size];
     MLXQ_UNROLL
     for (int i = c; i < c + chunk; i += 4) {
-      float v[4];
+      vec<T, 4> v;
       MLXQ_UNROLL
       for (int j = 0; j < 4; j++) {
         v[j] = affine_reconstruct<T>(affine_code<bits>(codes, i + j), scale, bias);
       }
-      store4<T>(out + first + i, float4(v[0], v[1], v[2], v[3]));
+      *(device vec<T, 4>*)(out + first + i) = v;
     }
   }
 }

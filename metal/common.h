@@ -17,7 +17,8 @@ constant constexpr int SIMD_LANES = 32;
 /// Four values that start at a multiple of four, widened to float: one load.
 template <typename T>
 MLXQ_FUNC float4 load4(const device T* p) {
-  return float4(*(const device vec<T, 4>*)p);
+  const vec<T, 4> v = *(const device vec<T, 4>*)p;
+  return float4(float(v.x), float(v.y), float(v.z), float(v.w));
 }
 
 /// `n` values, `n` a multiple of four and `p` aligned to four values, widened to float.
@@ -34,24 +35,24 @@ MLXQ_FUNC void load_floats(const device T* p, thread float* out) {
 }
 
 /// `n` consecutive words in as few loads as the alignment allows: `p` lies at a multiple of 4 * (n & -n) bytes, of
-/// 16 at most. Read as 64-bit words, which no compiler splits.
+/// 16 at most.
 template <int n>
 MLXQ_FUNC void load_words(const device uint* p, thread uint* w) {
   if constexpr (n % 4 == 0) {
     MLXQ_UNROLL
     for (int i = 0; i < n; i += 4) {
-      const ulong2 v = *(const device ulong2*)(p + i);
-      w[i] = uint(v.x);
-      w[i + 1] = uint(v.x >> 32);
-      w[i + 2] = uint(v.y);
-      w[i + 3] = uint(v.y >> 32);
+      const uint4 v = *(const device uint4*)(p + i);
+      w[i] = v.x;
+      w[i + 1] = v.y;
+      w[i + 2] = v.z;
+      w[i + 3] = v.w;
     }
   } else if constexpr (n % 2 == 0) {
     MLXQ_UNROLL
     for (int i = 0; i < n; i += 2) {
-      const ulong v = *(const device ulong*)(p + i);
-      w[i] = uint(v);
-      w[i + 1] = uint(v >> 32);
+      const uint2 v = *(const device uint2*)(p + i);
+      w[i] = v.x;
+      w[i + 1] = v.y;
     }
   } else if constexpr (n == 3) {
     const uint3 v = uint3(*(const device packed_uint3*)p);

@@ -26,10 +26,11 @@ SIMD = 32
 _QMV_SIMD_GROUPS = 2
 _QMM_SIMD_GROUPS = 4
 _QMM_TILE = (32, 64)
+_QMM_N_TILE = (32, 256)
 _PACKED = ("w_q", "scales", "biases")
 _POSITION = "threadgroup_position_in_grid"
 _LANE = "simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
-_TILES = {"t": "QMM_TILE_M * QMM_STRIDE", "n": "affine_qmm_n_rows<BITS>() * QMM_N_STRIDE"}
+_TILES = {"t": "QMM_TILE_M * QMM_STRIDE", "n": "QMM_N_TILE_M * QMM_N_STRIDE"}
 _HEADERS = {
     "affine_qmv": "affine_qmv",
     "affine_qmv_rows": "affine_qmv",
@@ -56,11 +57,10 @@ class Weights(NamedTuple):
     group_size: int
 
 
-def choose_product(M: int, bits: int, transpose: bool) -> Product:
+def choose_product(M: int, transpose: bool) -> Product:
     """The kernel for M rows of x; what a threadgroup covers is laid down in `metal/affine_qmv.h`, `affine_qmm.h`."""
     if not transpose:
-        run = 32 if bits in (3, 5) else 16
-        return Product("affine_qmm_n", 512 // run, 4 * _QMM_SIMD_GROUPS * run, _QMM_SIMD_GROUPS * SIMD)
+        return Product("affine_qmm_n", *_QMM_N_TILE, _QMM_SIMD_GROUPS * SIMD)
     if M <= MAX_VECTOR_ROWS:
         rows = 4 if M <= 8 else 2
         function = "affine_qmv" if M == 1 else "affine_qmv_rows"
@@ -70,7 +70,7 @@ def choose_product(M: int, bits: int, transpose: bool) -> Product:
 
 def launch_product(x: mx.array, packed: Packed, weights: Weights, transpose: bool, dtype: mx.Dtype) -> mx.array:
     M = x.shape[0]
-    how = choose_product(M, weights.bits, transpose)
+    how = choose_product(M, transpose)
     columns = weights.N if transpose else weights.K
     return _launch(
         how.function,
@@ -95,7 +95,7 @@ def launch_gather(
     dtype: mx.Dtype,
 ) -> mx.array:
     n_experts, M = packed[0].shape[0], x.shape[-2]
-    how = choose_product(M, weights.bits, transpose)
+    how = choose_product(M, transpose)
     columns = weights.N if transpose else weights.K
     blocks = blocks_of(columns, how.tile_columns)
     arrays = dict(zip(_PACKED, map(at_device, packed), strict=True), x=x.reshape(-1, *x.shape[-2:]))

@@ -24,20 +24,15 @@ SHAPES = [
 ]
 QUICK_ROWS = (1, 3, 16, 33)
 SLOW_ROWS = (2, 7, 8, 9, 17, 64)
+SWEEP = [(bits, group, dtype) for bits in AFFINE_BITS for group in (16, 32, 64, 128) for dtype in affine_cases.DTYPES]
 
 
-def row_cases() -> list:
+def row_cases(sweep_rows: tuple[int, ...]) -> list:
+    """Each number of rows with some shapes quickly, with all of them slowly, and every instantiation slowly."""
     quick = [(M, *SHAPES[(2 * i + j) % len(SHAPES)]) for i, M in enumerate(QUICK_ROWS) for j in (0, 1)]
     every = [(M, *shape) for M in (*QUICK_ROWS, *SLOW_ROWS) for shape in SHAPES]
-    every += [
-        (M, bits, group, dtype, 21, 384)
-        for M in (1, 5, 20)
-        for bits in AFFINE_BITS
-        for group in (16, 32, 64, 128)
-        for dtype in affine_cases.DTYPES
-    ]
-    slow = [pytest.param(*c, marks=pytest.mark.slow) for c in every if c not in quick]
-    return [pytest.param(*c) for c in quick] + slow
+    every += [(M, *case, 21, 384) for M in sweep_rows for case in SWEEP]
+    return quick + [pytest.param(*c, marks=pytest.mark.slow) for c in every if c not in quick]
 
 
 def check_product(M: int, bits: int, group_size: int, dtype: str, N: int, K: int, transpose: bool) -> None:
@@ -51,12 +46,12 @@ def check_product(M: int, bits: int, group_size: int, dtype: str, N: int, K: int
     assert affine_cases.error(y, expected) <= affine_cases.TOLERANCES[T]
 
 
-@pytest.mark.parametrize(("M", "bits", "group_size", "dtype", "N", "K"), row_cases())
+@pytest.mark.parametrize(("M", "bits", "group_size", "dtype", "N", "K"), row_cases((1, 5, 20)))
 def test_transposed_product(metal, M, bits, group_size, dtype, N, K):
     check_product(M, bits, group_size, dtype, N, K, True)
 
 
-@pytest.mark.parametrize(("M", "bits", "group_size", "dtype", "N", "K"), row_cases())
+@pytest.mark.parametrize(("M", "bits", "group_size", "dtype", "N", "K"), row_cases((20,)))
 def test_product_not_transposed(metal, M, bits, group_size, dtype, N, K):
     check_product(M, bits, group_size, dtype, N, K, False)
 
@@ -164,10 +159,10 @@ def test_an_expert_past_the_stack_reads_its_last_matrix(metal):
 
 
 def test_choice_of_kernel_by_rows():
-    assert [choose_product(M, 4, True).function for M in (1, 2, 16, 17)] == [
+    assert [choose_product(M, True).function for M in (1, 2, 16, 17)] == [
         "affine_qmv",
         "affine_qmv_rows",
         "affine_qmv_rows",
         "affine_qmm_t",
     ]
-    assert choose_product(1, 4, False).function == "affine_qmm_n"
+    assert choose_product(1, False).function == "affine_qmm_n"

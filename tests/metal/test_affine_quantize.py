@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import affine_cases
-import metal_on_cpu
 import mlx.core as mx
+import mlx_kernels
 import numpy as np
 import pytest
 
@@ -52,29 +52,6 @@ def test_dequantize_converts_after_it_rounds(metal):
     np.testing.assert_array_equal(to_numpy(widened), reconstructed(packed, 4, 64).astype(np.float32))
 
 
-def mlx_quantize(w: mx.array, bits: int, group_size: int) -> list[mx.array]:
-    """mlx's own Metal kernel, from the headers of its wheel, run by the checker."""
-    N, K = w.shape
-    files = ("steel/gemm/gemm.h", "quantized_utils.h", "quantized.h")
-    kernel = metal_on_cpu.metal_kernel(
-        name="mlx_affine_quantize",
-        input_names=["w"],
-        output_names=["out", "scales", "biases"],
-        header="".join(f'#include "mlx/backend/metal/kernels/{file}"\n' for file in files),
-        source="affine_quantize<T, GS, BITS>(w, out, scales, biases, uint2(thread_position_in_grid.xy), "
-        "uint2(threads_per_grid.xy));",
-    )
-    with metal_on_cpu.options(mode="fast", lint=False):
-        return kernel(
-            inputs=[w],
-            template=[("T", w.dtype), ("GS", group_size), ("BITS", bits)],
-            grid=(w.size * 32 // group_size, 1, 1),
-            threadgroup=(256, 1, 1),
-            output_shapes=[(N, K * bits // 8), (N, K // group_size), (N, K // group_size)],
-            output_dtypes=[mx.uint8, w.dtype, w.dtype],
-        )
-
-
 def weights(group_size: int, dtype: mx.Dtype) -> mx.array:
     """Groups of every kind: normal, all positive, all negative, zeros, tiny, one outlier, ties of both ends."""
     w = np.random.default_rng(3).normal(size=(9, 3 * group_size)).astype(np.float32)
@@ -94,12 +71,13 @@ def test_quantize_equals_mlx_kernel_byte_for_byte(metal, bits, group_size, dtype
         own = metal_backend.quantize(w, bits, group_size)
         # mlx has no groups of 16: each, written twice, is one of 32.
         doubled = mx.concatenate([w.reshape(-1, 16)] * 2, axis=-1)
-        theirs = mlx_quantize(doubled, bits, 32)
+        theirs, _ = mlx_kernels.quantize(doubled, bits, 32)
         codes = affine.unpack(np.asarray(theirs[0]).view(np.uint32), bits, 32)[:, :16].reshape(w.shape)
         np.testing.assert_array_equal(np.asarray(own[0]), affine.pack(np.ascontiguousarray(codes), bits))
     else:
         w = weights(group_size, affine_cases.DTYPES[dtype])
-        own, theirs = metal_backend.quantize(w, bits, group_size), mlx_quantize(w, bits, group_size)
+        own = metal_backend.quantize(w, bits, group_size)
+        theirs, _ = mlx_kernels.quantize(w, bits, group_size)
         np.testing.assert_array_equal(np.asarray(own[0]).view(np.uint8), np.asarray(theirs[0]))
     for mine, other in zip(own[1:], theirs[1:], strict=True):
         np.testing.assert_array_equal(to_numpy(mine).reshape(-1), to_numpy(other).reshape(-1))
