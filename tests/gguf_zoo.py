@@ -198,8 +198,10 @@ def write_gguf(
     import gguf
 
     from mlxq.architectures.parameters import ParameterMap
-    from mlxq.checkpoint.gguf.names import architecture_for, permuted_rows, to_gguf
+    from mlxq.checkpoint.gguf.heads import permuted_rows
+    from mlxq.checkpoint.gguf.names import architecture_for, to_gguf
     from mlxq.checkpoint.source import open_checkpoint
+    from mlxq.plan.gguf_mixes import stays_float
     from mlxq.writers.gguf.hyperparameters import hyperparameters, rope_tensors
 
     with open_checkpoint(directory) as checkpoint:
@@ -220,7 +222,7 @@ def write_gguf(
             if mapped.permuted:
                 head_dim = len(values) // config[mapped.heads]
                 values = values[permuted_rows(0, len(values), head_dim)]
-            kind = gguf.GGMLQuantizationType["F32" if mapped.float32 else type_name]
+            kind = gguf.GGMLQuantizationType["F32" if stays_float(mapped.name, values.shape) else type_name]
             data = gguf.quants.quantize(values + np.float32(mapped.norm_offset), kind)
             writer.add_tensor(mapped.name, data, raw_shape=data.shape, raw_dtype=kind)
         writer.write_header_to_file()

@@ -16,6 +16,7 @@ from math import prod
 from mlxq.errors import PlanError
 from mlxq.formats.geometry import BLOCK_FORMATS
 from mlxq.plan.gguf_overrides import Overrides
+from mlxq.plan.roles import is_sensitive
 
 #: File type -> (its number under `general.file_type`, the type of most matrices).
 FILE_TYPES = {
@@ -199,11 +200,6 @@ def _fit(kind: str, reason: str, K: int) -> tuple[str, str]:
     return other, f"{why}: {other} instead"
 
 
-def use_more_bits(i: int, n: int) -> bool:
-    """Whether layer `i` of `n` is one of the sensitive ones: the first and last eighth, every third between."""
-    return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
-
-
 class _Chooser:
     """The choice for one tensor that may be quantized, before its rows are looked at."""
 
@@ -256,7 +252,7 @@ class _Chooser:
             return ("Q5_K", " of the first two layers") if i < 2 else ("Q4_K", "")
         if self.name == "Q3_K_L":
             return "Q5_K", ""
-        if self.name in ("Q4_K_M", "Q5_K_M") and use_more_bits(i, self.n_values):
+        if self.name in ("Q4_K_M", "Q5_K_M") and is_sensitive(i, self.n_values):
             return "Q6_K", f" of {_SENSITIVE}"
         if self.name == "Q4_K_S" and i < 4:
             return "Q5_K", " of the first four layers"
@@ -279,7 +275,7 @@ class _Chooser:
         if self.name == "Q3_K_M":
             return ("Q5_K", " of the first sixteenth of the layers") if i < n // 16 else ("Q4_K", "")
         if self.name in ("Q4_K_M", "Q5_K_M"):
-            return ("Q6_K", f" of {_SENSITIVE}") if use_more_bits(i, n) else None
+            return ("Q6_K", f" of {_SENSITIVE}") if is_sensitive(i, n) else None
         early = {"Q2_K_S": "Q4_K", "Q4_K_S": "Q5_K"}
         early |= {"Q4_0": "Q4_1", "Q5_0": "Q5_1"} if self.has_imatrix else {"IQ4_NL": "Q5_K", "IQ4_XS": "Q5_K"}
         if i < n // 8 and self.name in early:

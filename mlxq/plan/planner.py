@@ -78,7 +78,6 @@ class Plan:
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     exact: bool = False
-    notes: tuple[str, ...] = ()
     nbytes_by_name: Mapping[str, int] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:

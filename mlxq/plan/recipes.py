@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlxq.errors import PlanError
-from mlxq.plan.roles import Role
+from mlxq.plan.roles import Role, is_sensitive
 
 #: Lowest bits of a role, whatever the recipe; `--tensor-type` alone goes below. Routers decide which expert runs,
 #: and an embedding's error enters every token unaveraged.
@@ -37,14 +37,6 @@ def check_portable(bits: int, group_size: int) -> None:
         )
 
 
-def _deserves_more(layer: int | None, n_layers: int) -> bool:
-    """llama.cpp's `use_more_bits`: the first and last eighth of the layers, and every third between."""
-    if layer is None:
-        return False
-    eighth = n_layers // 8
-    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
-
-
 def recipe_bits(recipe: str, role: Role, layer: int | None, n_layers: int, bits: int) -> tuple[int, str]:
     """Bits for a tensor and the reason, under a recipe with base `bits`.
 
@@ -57,7 +49,7 @@ def recipe_bits(recipe: str, role: Role, layer: int | None, n_layers: int, bits:
     more = {"mixed": _MORE, "portable": _MORE_PORTABLE}.get(recipe)
     if more and role in ("head", "embedding"):
         chosen = more[bits]
-    elif more and role in ("value", "down") and _deserves_more(layer, n_layers):
+    elif more and role in ("value", "down") and layer is not None and is_sensitive(layer, n_layers):
         chosen = more[bits]
         reason = f"{recipe}: {role} of a sensitive layer"
     floor = (_PORTABLE_FLOORS if recipe == "portable" else FLOORS).get(role, 0)

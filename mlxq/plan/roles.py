@@ -54,6 +54,12 @@ def role(info: TensorInfo) -> Role:
     return "linear"
 
 
+def is_sensitive(layer: int, n_layers: int) -> bool:
+    """Whether rounding costs most in a layer: the first and last eighth, every third between (llama.cpp's mixes)."""
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+
+
 def layer_index(name: str) -> int | None:
     """Index of the transformer block that a parameter belongs to, or None outside of the blocks."""
     match = _LAYER.search(name)

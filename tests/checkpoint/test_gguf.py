@@ -25,8 +25,9 @@ from gguf_models import (
 )
 
 from mlxq.architectures.registry import build_model
-from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint, unpermuted_rows
+from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
 from mlxq.checkpoint.gguf.file import GgufFile
+from mlxq.checkpoint.gguf.heads import unpermuted_rows
 from mlxq.errors import CheckpointError, FormatError, MlxqError
 from mlxq.formats.affine import unpack
 from mlxq.types import QuantSpec

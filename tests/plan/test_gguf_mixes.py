@@ -8,8 +8,9 @@ import pytest
 
 from mlxq.errors import PlanError
 from mlxq.formats.geometry import BLOCK_FORMATS
-from mlxq.plan.gguf_mixes import FILE_TYPES, GgufModel, bpw, file_type, gguf_types, stays_float, use_more_bits
+from mlxq.plan.gguf_mixes import FILE_TYPES, GgufModel, bpw, file_type, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import TENSOR_TYPES
+from mlxq.plan.roles import is_sensitive
 
 #: Weights of one block by layout: GGUF stem -> (role of its first axes); "K" stands for the row.
 DENSE = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
@@ -153,7 +154,7 @@ def test_reasons_say_what_happened():
 
 def test_more_bits():
     """The layers of 32 that llama.cpp's rule names, counted by hand."""
-    assert [i for i in range(32) if use_more_bits(i, 32)] == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
+    assert [i for i in range(32) if is_sensitive(i, 32)] == [0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31]
 
 
 def test_bits_per_weight_grow_along_the_mixes():

@@ -130,5 +130,5 @@ def test_missing_rotary_factors_would_be_seen(tmp_path, name):
 @pytest.mark.parametrize("name", ["llama", "mixtral", "granite", "smollm3", "llama biases"])
 def test_rows_in_the_wrong_order_would_be_seen(tmp_path, monkeypatch, name):
     directory = save(tmp_path / "model", ZOO[name])
-    monkeypatch.setattr("mlxq.checkpoint.gguf.names.permuted_rows", lambda start, stop, head_dim: np.arange(stop))
+    monkeypatch.setattr("mlxq.checkpoint.gguf.heads.permuted_rows", lambda start, stop, head_dim: np.arange(stop))
     assert relative(llama_cpp(write_gguf(directory, tmp_path / "m.gguf")), predict(directory)) > 5e-3

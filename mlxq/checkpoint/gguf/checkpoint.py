@@ -13,8 +13,9 @@ from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import normalize
 from mlxq.checkpoint.gguf import config as gguf_config
 from mlxq.checkpoint.gguf.file import GgufTensor
+from mlxq.checkpoint.gguf.heads import unpermuted_rows
 from mlxq.checkpoint.gguf.metadata import Metadata, check_vocabulary
-from mlxq.checkpoint.gguf.names import MappedTensor, architecture, map_name, unpermuted_rows
+from mlxq.checkpoint.gguf.names import MappedTensor, architecture, map_name
 from mlxq.checkpoint.gguf.split import open_gguf
 from mlxq.checkpoint.gguf.tokenizer import build_tokenizer_files
 from mlxq.checkpoint.safetensors import quoted

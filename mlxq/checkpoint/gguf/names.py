@@ -11,8 +11,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 
@@ -203,8 +201,6 @@ ALIASES = {"mistral": "llama"}
 
 _BLOCK = re.compile(r"blk\.(0|[1-9][0-9]{0,4})\.([a-z0-9_]+)\.(weight|bias)")
 _OUTSIDE = re.compile(r"([a-z0-9_]+)\.(weight|bias)")
-#: Matrices that converters keep in float32, beside norms and everything with one axis.
-_FLOAT32 = frozenset({"ffn_gate_inp", "position_embd"})
 
 
 def architecture(name: object, where: object, experts: bool = False) -> GgufArchitecture:
@@ -250,17 +246,18 @@ class MappedTensor:
 
     Attributes:
         name: the parameter's name (from `map_name`) or the GGUF tensor's (from `to_gguf`).
-        permuted: in GGUF the rows of each head come in pairs: `permuted_rows`, `unpermuted_rows`.
         norm_offset: GGUF holds the value with this added.
-        heads: key of `config.json` with the number of heads, of a permuted tensor.
-        float32: converters keep it in float32 in every file type.
+        heads: key of `config.json` with the number of heads whose rows GGUF has in pairs (`heads`), or None.
     """
 
     name: str
-    permuted: bool = False
     norm_offset: float = 0.0
     heads: str | None = None
-    float32: bool = False
+
+    @property
+    def permuted(self) -> bool:
+        """Whether rows come in another order."""
+        return self.heads is not None
 
 
 def map_name(arch: GgufArchitecture, gguf_name: str) -> MappedTensor | None:
@@ -298,26 +295,6 @@ def _mapped(arch: GgufArchitecture, name: str, stem: str, kind: str) -> MappedTe
     heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(stem) if arch.permuted else None
     return MappedTensor(
         name,
-        permuted=heads is not None,
         norm_offset=arch.norm_offset if norm and kind == "weight" else 0.0,
         heads=heads,
-        float32=norm or kind == "bias" or stem in _FLOAT32,
     )
-
-
-def unpermuted_rows(start: int, stop: int, head_dim: int) -> np.ndarray:
-    """Rows of a GGUF q or k tensor that are rows `start` to `stop` of the Hugging Face one.
-
-    Converters store each head's rows as pairs `(j, j + head_dim / 2)` one after another; Hugging Face has the first
-    halves of all pairs, then the second (source: `LlamaModel.permute` in llama.cpp's converter).
-    """
-    head, within = np.divmod(np.arange(start, stop), head_dim)
-    half, pair = np.divmod(within, head_dim // 2)
-    return head * head_dim + 2 * pair + half
-
-
-def permuted_rows(start: int, stop: int, head_dim: int) -> np.ndarray:
-    """Rows of a Hugging Face q or k tensor that are rows `start` to `stop` of the GGUF one (see `unpermuted_rows`)."""
-    head, within = np.divmod(np.arange(start, stop), head_dim)
-    pair, half = np.divmod(within, 2)
-    return head * head_dim + half * (head_dim // 2) + pair

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mlxq.errors import FormatError
-from mlxq.quantizers.ggml import on_grid as on_grid
+from mlxq.quantizers.ggml import on_grid
 from mlxq.quantizers.ggml.tiles import mlx_tiles, numpy_tiles
 
 _LEAST_FLOAT16, _LARGEST_FLOAT16 = 2.0**-24, 65504.0

@@ -11,7 +11,8 @@ import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.imatrix import ImportanceMatrix
-from mlxq.checkpoint.gguf.names import MappedTensor, permuted_rows
+from mlxq.checkpoint.gguf.heads import permuted_rows
+from mlxq.checkpoint.gguf.names import MappedTensor
 from mlxq.errors import FormatError
 from mlxq.formats import crossings, floats, ggml
 from mlxq.plan.planner import Plan
