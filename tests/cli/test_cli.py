@@ -1,6 +1,7 @@
 """The command line as a person meets it: exit status, one line for each mistake, nothing on the wrong stream."""
 
 import json
+import signal
 import subprocess
 import sys
 
@@ -135,3 +136,19 @@ def test_a_closed_pipe_is_quiet(source):
     message = process.stderr.read().decode()
     process.wait(timeout=60)
     assert message == ""
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_signal_ends_in_one_line_and_its_status(source, tmp_path, number, status, word):
+    code = (
+        f"import os\nimport mlxq.conversion\nmlxq.conversion.convert = lambda *a, **k: os.kill(os.getpid(), {number})\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + CODE, "convert", str(source), "-o", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (status, f"mlxq: {word}\n")
