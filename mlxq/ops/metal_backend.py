@@ -184,7 +184,7 @@ def _check(
     if group_size == 16:
         first = 1 if len(operands) > 3 else 0
         for at in (first + 1, first + 2):
-            operands[at] = _paired(operands[at])
+            operands[at] = _paired(rule.__name__, operands[at])
         group_size = 32
     return rule(*operands, *before, bits, group_size, "affine", *after)
 
@@ -198,9 +198,9 @@ def _check_quantize(w: Operand, bits: int, group_size: int) -> None:
 _ODD_GROUPS = "{op}: groups of 16 come in pairs, a row holding a multiple of 32 weights; {name}.shape == {shape}"
 
 
-def _paired(parameters: Operand) -> Operand:
+def _paired(op: str, parameters: Operand) -> Operand:
     if not parameters.shape or parameters.shape[-1] % 2:
-        raise FormatError(_ODD_GROUPS.format(op="affine", name="scales", shape=parameters.shape))
+        raise FormatError(_ODD_GROUPS.format(op=op, name="scales", shape=parameters.shape))
     return parameters._replace(shape=(*parameters.shape[:-1], parameters.shape[-1] // 2))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlxq.formats.geometry import AFFINE_BITS
-from mlxq.ops import metal_backend
+from mlxq.ops import metal_backend, metal_source
 from mlxq.ops.metal_affine import choose_product
 
 # bits, group size, dtype, N, K: ragged N, K that leaves lanes and tiles empty, one group a row, N = 1.
@@ -156,6 +156,26 @@ def test_an_expert_past_the_stack_reads_its_last_matrix(metal):
     x = affine_cases.normal((1, 1, 32), mx.float32)
     y = metal_backend.gather_quantized_matmul(x, *weights, mx.array([9], mx.uint32), True, 4, 32, False)
     assert affine_cases.error(y, gathered(x, weights.decoded(4, 32), np.array([1]), True)) <= 1e-6
+
+
+def test_experts_of_huge_stacks_begin_where_64_bits_say(metal):
+    """A stack of 2**34 weights, of which only the place of an expert is computed."""
+    where = mx.fast.metal_kernel(
+        name="affine_expert_place",
+        input_names=["experts"],
+        output_names=["place"],
+        header=metal_source.header("affine_gather"),
+        source="const AffineExpert<64, 4, 4096, 4096, 1024> expert(experts[0]); "
+        "place[0] = expert.words; place[1] = expert.groups;",
+    )
+    (place,) = where(
+        inputs=[mx.array([1023], mx.uint32)],
+        grid=(1, 1, 1),
+        threadgroup=(1, 1, 1),
+        output_shapes=[(2,)],
+        output_dtypes=[mx.uint64],
+    )
+    assert place.tolist() == [1023 * 4096 * 4096 // 8, 1023 * 4096 * 4096 // 64]
 
 
 def test_choice_of_kernel_by_rows():

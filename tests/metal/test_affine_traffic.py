@@ -126,3 +126,22 @@ def test_quantize_and_dequantize_take_no_more_than_mlx(counted, bits):
     weights = affine_cases.packed((16, 512), bits, 64, mx.float16)
     own = counted(metal_backend.dequantize, *weights, bits, 64, None)
     check_beside_mlx(own, mlx_kernels.dequantize_report(weights, bits, 64))
+
+
+def test_gathered_rows_load_the_chosen_experts_only(counted):
+    weights = affine_cases.packed((8, 32, 512), 4, 64, mx.float16)
+    x = affine_cases.normal((2, 1, 1, 512), mx.float16)
+    indices = mx.array([[3, 1], [3, 6]], mx.uint32)
+    report = counted(metal_backend.gather_quantized_matmul, x, *weights, indices, True, 4, 64, False)
+    expert = report.buffers["w_q"].size // 8
+    assert report.buffers["w_q"].load_bytes == 4 * expert
+    assert report.buffers["w_q"].unique_read == 3 * expert
+    assert report.line_use("w_q") >= 0.9
+
+
+def test_sorted_rows_load_an_expert_once_a_tile(counted):
+    weights = affine_cases.packed((4, 64, 256), 4, 64, mx.float16)
+    x = affine_cases.normal((64, 1, 256), mx.float16)
+    indices = mx.array([0] * 32 + [1] * 20 + [3] * 12, mx.uint32)
+    report = counted(metal_backend.gather_quantized_matmul, x, *weights, indices, True, 4, 64, True)
+    assert report.buffers["w_q"].load_bytes == 3 * report.buffers["w_q"].size // 4
