@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
+
+from mlxq.types import Action, TensorPlan
 
 #: Sums of this size may have lost a part to underflow: 2^23 squares below float32's normal numbers.
 _LEAST = 1e-30
@@ -38,6 +41,25 @@ class MeasuredErrors:
             name: math.sqrt(error / size) if size else (math.inf if error else 0.0)
             for name, (error, size) in sums.items()
         }
+
+    def notes(self, plans: Iterable[TensorPlan], said: Mapping[Action, str]) -> list[str]:
+        """One line for each action that changed something: how many tensors, what was done (`said`), the worst."""
+        errors, changed = self.relative_rmse, dict[Action, list[str]]()
+        for plan in plans:
+            if errors.get(plan.info.name):
+                changed.setdefault(plan.action, []).append(plan.info.name)
+        lines = []
+        for action, what in said.items():
+            names = changed.get(action, [])
+            if names:
+                worst = max(names, key=lambda n: errors[n])
+                lines.append(f"{counted(names)} {what}; relative error up to {errors[worst]:.2g}, in {worst}")
+        return lines
+
+
+def counted(names: Collection[str]) -> str:
+    """Such as `1 tensor`."""
+    return f"{len(names)} tensor{'s' if len(names) != 1 else ''}"
 
 
 def _sum_of_squares(a: np.ndarray) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mlxq.plan.planner import Plan
 from mlxq.plan.recoding import MOST_ADDED, RECODINGS
 from mlxq.quantizers import portable, rtn
 from mlxq.types import DTYPE_NAMES, QuantizedTensor, QuantSpec, TensorPlan
-from mlxq.writers.measured import MeasuredErrors
+from mlxq.writers.measured import MeasuredErrors, counted
 from mlxq.writers.safetensors import Entry, SafetensorsWriter
 from mlxq.writers.stream import CHUNK_WEIGHTS
 
@@ -112,24 +112,17 @@ class MlxTarget:
 
     def notes(self) -> list[str]:
         """What was lost beside the quantization that was asked for; to be read when all is written."""
-        errors = self.errors.relative_rmse
         stored = DTYPE_NAMES[self.plan.dtype]
-        lost = {
+        said = {
             "keep": f"kept and rounded to {stored}",
             "repack": f"repacked, the same codes with scales rounded to {stored}",
             "requantize": "requantized",
         }
-        notes = []
-        for action, what in lost.items():
-            changed = [p.info.name for p in self.plan.tensors if p.action == action and errors.get(p.info.name)]
-            if changed:
-                worst = max(changed, key=lambda n: errors[n])
-                notes.append(f"{_counted(changed)} {what}; relative error up to {errors[worst]:.2g}, in {worst}")
-        return notes + self._beyond_bound(errors)
+        return self.errors.notes(self.plan.tensors, said) + self._beyond_bound()
 
-    def _beyond_bound(self, errors: dict[str, float]) -> list[str]:
+    def _beyond_bound(self) -> list[str]:
         """Names the tensors that a new format changed by more than the share of their type's own error it may add."""
-        beyond = {}
+        errors, beyond = self.errors.relative_rmse, dict[str, float]()
         for p in self.plan.tensors:
             recoding = RECODINGS.get(p.info.dtype)
             if p.action == "requantize" and recoding is not None and recoding.spec.bits == p.spec.bits:
@@ -140,17 +133,13 @@ class MlxTarget:
             return []
         worst = max(beyond, key=lambda n: beyond[n])
         return [
-            f"{_counted(beyond)} lost more by it than half the usual error of the source's type: up to "
+            f"{counted(beyond)} lost more by it than half the usual error of the source's type: up to "
             f"{MOST_ADDED * beyond[worst]:.2g} times that error, in {worst}; --tensor-type gives more bits"
         ]
 
 
 def _arrays(q: QuantizedTensor) -> tuple[np.ndarray, ...]:
     return q.w_q, q.scales, q.biases
-
-
-def _counted(names: Collection[str]) -> str:
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"
 
 
 def entries(plan: TensorPlan) -> list[Entry]:

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from mlxq.types import TensorInfo, TensorPlan
 from mlxq.writers.measured import MeasuredErrors
 
 
@@ -30,3 +31,16 @@ def test_weights_of_zero_have_an_infinite_error_or_none():
     errors.add("same", zeros, zeros)
     errors.add("other", zeros, zeros + 1)
     assert errors.relative_rmse == {"same": 0, "other": math.inf}
+
+
+def test_notes_name_the_worst_tensor_of_each_action():
+    errors = MeasuredErrors()
+    plans = []
+    for name, action, loss in (("a", "keep", 0.1), ("b", "keep", 0.5), ("c", "repack", 0.2), ("d", "requantize", 0)):
+        w = np.ones((1, 4), np.float32)
+        errors.add(name, w, w + np.float32(loss))
+        plans.append(TensorPlan(TensorInfo(name, w.shape, "F32", 16), action, None, "F16", ""))
+    assert errors.notes(plans, {"requantize": "quantized anew", "keep": "rounded", "repack": "repacked"}) == [
+        "2 tensors rounded; relative error up to 0.5, in b",
+        "1 tensor repacked; relative error up to 0.2, in c",
+    ]

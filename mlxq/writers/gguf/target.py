@@ -17,12 +17,12 @@ from mlxq.errors import FormatError
 from mlxq.formats import crossings, floats, ggml
 from mlxq.plan.planner import Plan
 from mlxq.quantizers import ggml as encoders
-from mlxq.types import FLOAT_BYTES, QuantizedTensor, TensorPlan
+from mlxq.types import FLOAT_BYTES, Action, QuantizedTensor, TensorPlan
 from mlxq.writers.gguf.file import GgufEntry, GgufWriter, TypedMetadata
 from mlxq.writers.measured import MeasuredErrors
 from mlxq.writers.stream import CHUNK_WEIGHTS
 
-_WHAT = {
+_SAID: dict[Action, str] = {
     "keep": "rounded to another float type",
     "repack": "written with their codes, and scales rounded to float16",
     "requantize": "quantized anew from quantized weights",
@@ -146,17 +146,7 @@ class GgufTarget:
 
     def notes(self) -> list[str]:
         """What was lost beside the quantization that was asked for; to be read when all is written."""
-        lossy = {name: error for name, error in self.errors.relative_rmse.items() if error}
-        by_action: dict[str, list[str]] = {}
-        for plan in self.plan.tensors:
-            if plan.info.name in lossy:
-                by_action.setdefault(_WHAT[plan.action], []).append(plan.info.name)
-        notes = []
-        for what, names in by_action.items():
-            worst = max(names, key=lambda n: lossy[n])
-            count = f"{len(names)} tensors were" if len(names) > 1 else "one tensor was"
-            notes.append(f"{count} {what}; the largest relative error is {lossy[worst]:.1e}, of {worst}")
-        return notes
+        return self.errors.notes(self.plan.tensors, _SAID)
 
     def _cast(self, plan: TensorPlan, w: np.ndarray, mapped: MappedTensor) -> np.ndarray:
         dtype = floats.dtype_of(w)
