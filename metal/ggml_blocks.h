@@ -6,7 +6,8 @@
 //
 // A block is cut into shares of 32 weights, the work of one lane: four octets, each of 8 weights that follow one
 // another. An octet's codes are 8 bytes of two words, in order; the octets of a share are chosen so that they lie in
-// the same bytes of the block, at different bits. `groups` octets or runs of octets of a share have their own scale.
+// the same bytes of the block, at different bits. `groups` octets or runs of octets of a share have their own scale:
+// `scales` (and minima) are small integers times the block's `unit`, one or two floats.
 //
 // Blocks lie at any multiple of `align` bytes: of 2, 4 or 8, by the size of the block. All arithmetic is float and
 // exact but for the last subtraction, so weights are bit for bit those of ggml and of formats/ggml.py.
@@ -17,6 +18,9 @@
 #define GGML_LOADS(space)                                                    \
   MLXQ_FUNC uint ggml_byte(const space uchar* p) {                           \
     return *p;                                                               \
+  }                                                                          \
+  MLXQ_FUNC float ggml_signed(const space uchar* p) {                        \
+    return float(*(const space char*)p);                                     \
   }                                                                          \
   MLXQ_FUNC uint ggml_short(const space uchar* p) {                          \
     return *(const space ushort*)p;                                          \
@@ -55,7 +59,9 @@ MLXQ_FUNC uint ggml_spread(uint bits) {
 }
 
 /// What the types share: sizes, and codes that are unsigned bytes.
-template <int block_, int bytes_, int groups_, int offset_, bool has_min_>
+///
+/// `unit` is d and, behind it, dmin (in Q4_1 and Q5_1 m, which is added): byte `d_at` and `d_at` + 2 of the block.
+template <int block_, int bytes_, int groups_, int offset_, bool has_min_, int d_at = 0>
 struct ggml_block {
   static constant constexpr const int block = block_;         // weights
   static constant constexpr const int bytes = bytes_;         // bytes
@@ -74,6 +80,10 @@ struct ggml_block {
   static MLXQ_FUNC float masked(uint word, int i) {
     return float(word & 255u << uint(8 * i));
   }
+  template <typename P>
+  static MLXQ_FUNC float2 unit(P b) {
+    return float2(ggml_half(b + d_at), has_min_ ? ggml_half(b + d_at + 2) : 0.0f);
+  }
 };
 
 /// Blocks of 32 weights: one share, octets in order.
@@ -88,6 +98,11 @@ struct ggml_block32 : ggml_block<32, bytes_, 1, offset_, has_min_> {
   static MLXQ_FUNC int index_of(int octet) {
     return octet;
   }
+  template <typename P>
+  static MLXQ_FUNC void scales(P, int, thread float* scale, thread float* minimum) {
+    scale[0] = 1.0f;
+    minimum[0] = -1.0f;
+  }
 };
 
 /// Nibbles of 32 weights in 16 bytes: byte i holds weights i and i + 16.
@@ -101,21 +116,12 @@ struct Q4_0 : ggml_block32<18, 8, false> {
   static MLXQ_FUNC uint2 codes(P b, int, int j) {
     return ggml_nibbles<align>(b + 2, j);
   }
-  template <typename P>
-  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float*) {
-    scale[0] = ggml_half(b);
-  }
 };
 
 struct Q4_1 : ggml_block32<20, 0, true> {
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int, int j) {
     return ggml_nibbles<align>(b + 4, j);
-  }
-  template <typename P>
-  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float* minimum) {
-    scale[0] = ggml_half(b);
-    minimum[0] = -ggml_half(b + 2);
   }
 };
 
@@ -125,10 +131,6 @@ struct Q5_0 : ggml_block32<22, 16, false> {
     const uint high = ggml_byte(b + 2 + j);
     return ggml_nibbles<align>(b + 6, j) | uint2(ggml_spread(high) << 4, ggml_spread(high >> 4) << 4);
   }
-  template <typename P>
-  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float*) {
-    scale[0] = ggml_half(b);
-  }
 };
 
 struct Q5_1 : ggml_block32<24, 0, true> {
@@ -137,18 +139,13 @@ struct Q5_1 : ggml_block32<24, 0, true> {
     const uint high = ggml_byte(b + 4 + j);
     return ggml_nibbles<align>(b + 8, j) | uint2(ggml_spread(high) << 4, ggml_spread(high >> 4) << 4);
   }
-  template <typename P>
-  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float* minimum) {
-    scale[0] = ggml_half(b);
-    minimum[0] = -ggml_half(b + 2);
-  }
 };
 
 struct Q8_0 : ggml_block32<34, 0, false> {
   static constant constexpr const bool in_place = false;
 
   static MLXQ_FUNC float code(uint word, int i) {
-    return float(int(word << uint(24 - 8 * i)) >> 24);
+    return float(char(word >> uint(8 * i)));
   }
   static MLXQ_FUNC float masked(uint word, int i) {
     return code(word, i);
@@ -156,10 +153,6 @@ struct Q8_0 : ggml_block32<34, 0, false> {
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int, int j) {
     return ggml_words<align>(b + 2 + 8 * j);
-  }
-  template <typename P>
-  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float*) {
-    scale[0] = ggml_half(b);
   }
 };
 
@@ -183,10 +176,6 @@ struct IQ4_NL : ggml_block32<18, 0, false> {
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int, int j) {
     return ggml_nibbles<align>(b + 2, j);
-  }
-  template <typename P>
-  static MLXQ_FUNC void scales(P b, int, thread float* scale, thread float*) {
-    scale[0] = ggml_half(b);
   }
 };
 
@@ -216,13 +205,14 @@ struct IQ4_XS : ggml_block<256, 136, 1, 0, false> {
   static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float*) {
     const uint low = ggml_byte(b + 4 + share / 2) >> uint(4 * (share & 1)) & 15u;
     const uint high = ggml_short(b + 2) >> uint(2 * share) & 3u;
-    scale[0] = ggml_half(b) * float(int(low | high << 4) - 32);
+    scale[0] = float(low | high << 4) - 32.0f;
   }
 };
 
-/// Super-blocks whose byte holds weights 32 apart: share 4 * p + i has octets 16 * p + i, + 4, + 8, + 12.
-template <int bytes_, int offset_, bool has_min_>
-struct ggml_quarters : ggml_block<256, bytes_, 4, offset_, has_min_> {
+/// Super-blocks whose byte holds weights 32 apart: share 4 * p + i has octets 16 * p + i, + 4, + 8, + 12. Octet `j` of a
+/// share lies in sub-block 8 * p + 2 * j + i / 2 of 16 weights.
+template <int bytes_, int offset_, bool has_min_, int d_at>
+struct ggml_quarters : ggml_block<256, bytes_, 4, offset_, has_min_, d_at> {
   static MLXQ_FUNC int octet(int share, int j) {
     return share / 4 * 16 + 4 * j + share % 4;
   }
@@ -232,64 +222,64 @@ struct ggml_quarters : ggml_block<256, bytes_, 4, offset_, has_min_> {
   static MLXQ_FUNC int index_of(int octet) {
     return octet / 4 % 4;
   }
-  /// The sub-block of 16 weights in which octet `j` of a share lies.
-  static MLXQ_FUNC int sub_block(int share, int j) {
-    return 8 * (share / 4) + 2 * j + share % 4 / 2;
-  }
 };
 
-struct Q2_K : ggml_quarters<84, 0, true> {
+struct Q2_K : ggml_quarters<84, 0, true, 80> {
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int share, int j) {
-    return ggml_bits(ggml_words<align>(b + 16 + 32 * (share / 4) + 8 * (share % 4)), 2 * j, 3u);
+    return ggml_bits(ggml_words<align>(b + 16 + 8 * share), 2 * j, 3u);
   }
   template <typename P>
   static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float* minimum) {
-    const float d = ggml_half(b + 80), dmin = ggml_half(b + 82);
+    const uint2 w = ggml_words<align>(b + share / 4 * 8);
+    const uint at = share % 4 / 2 * 8;
+    const uint both[2] = {w.x >> at, w.y >> at};
     MLXQ_UNROLL
     for (int j = 0; j < 4; j++) {
-      const uint both = ggml_byte(b + sub_block(share, j));
-      scale[j] = d * float(both & 15u);
-      minimum[j] = dmin * float(both >> 4);
+      scale[j] = float(both[j / 2] >> uint(16 * (j % 2)) & 15u);
+      minimum[j] = float(both[j / 2] >> uint(16 * (j % 2) + 4) & 15u);
     }
   }
 };
 
-struct Q3_K : ggml_quarters<110, 4, false> {
+struct Q3_K : ggml_quarters<110, 4, false, 108> {
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int share, int j) {
-    const int p = share / 4, i = share % 4;
-    const uint2 low = ggml_bits(ggml_words<align>(b + 32 + 32 * p + 8 * i), 2 * j, 3u);
-    const uint2 high = ggml_bits(ggml_words<align>(b + 8 * i), 4 * p + j, 1u);
+    const uint plane = share / 4 * 4;
+    const uint2 low = ggml_bits(ggml_words<align>(b + 32 + 8 * share), 2 * j, 3u);
+    const uint2 both = ggml_words<align>(b + 8 * (share % 4));
+    const uint2 high = ggml_bits(uint2(both.x >> plane, both.y >> plane), j, 1u);
     return low | uint2(high.x << 2, high.y << 2);
   }
+  /// Six bits each: those of sub-blocks 0 and 2 or 1 and 3 of a word are cut out at once.
   template <typename P>
   static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float*) {
-    const float d = ggml_half(b + 108);
+    const uint2 w = ggml_words<align>(b + 96);
+    const uint at = share % 4 / 2 * 8 + share / 4 * 4;
+    const uint high = ggml_word<align>(b + 104) >> at;
+    const uint six[2] = {(w.x >> at & 0x000F000Fu) | (high & 0x00030003u) << 4,
+                         (w.y >> at & 0x000F000Fu) | (high & 0x000C000Cu) << 2};
     MLXQ_UNROLL
     for (int j = 0; j < 4; j++) {
-      const int s = sub_block(share, j);
-      const uint low = ggml_byte(b + 96 + s % 8) >> uint(4 * (s / 8)) & 15u;
-      const uint high = ggml_byte(b + 104 + s % 4) >> uint(2 * (s / 4)) & 3u;
-      scale[j] = d * float(int(low | high << 4) - 32);
+      scale[j] = float(six[j / 2] >> uint(16 * (j % 2)) & 63u) - 32.0f;
     }
   }
 };
 
-struct Q6_K : ggml_quarters<210, 32, false> {
+struct Q6_K : ggml_quarters<210, 32, false, 208> {
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int share, int j) {
     const int p = share / 4, i = share % 4;
     const uint2 low = ggml_bits(ggml_words<align>(b + 64 * p + 32 * (j & 1) + 8 * i), 4 * (j >> 1), 15u);
-    const uint2 high = ggml_bits(ggml_words<align>(b + 128 + 32 * p + 8 * i), 2 * j, 3u);
+    const uint2 high = ggml_bits(ggml_words<align>(b + 128 + 8 * share), 2 * j, 3u);
     return low | uint2(high.x << 4, high.y << 4);
   }
   template <typename P>
   static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float*) {
-    const float d = ggml_half(b + 208);
+    P first = b + 192 + share / 4 * 8 + share % 4 / 2;
     MLXQ_UNROLL
     for (int j = 0; j < 4; j++) {
-      scale[j] = d * float(int(ggml_byte(b + 192 + sub_block(share, j)) << 24) >> 24);
+      scale[j] = ggml_signed(first + 2 * j);
     }
   }
 };
@@ -320,11 +310,10 @@ struct ggml_halves : ggml_block<256, bytes_, 2, 0, true> {
       s = (low & 0x0F0Fu) | (s & 0xC0C0u) >> 2;
       m = (low >> 4 & 0x0F0Fu) | (m & 0xC0C0u) >> 2;
     }
-    const float d = ggml_half(b), dmin = ggml_half(b + 2);
-    scale[0] = d * float(s & 255u);
-    scale[1] = d * float(s >> 8);
-    minimum[0] = dmin * float(m & 255u);
-    minimum[1] = dmin * float(m >> 8);
+    scale[0] = float(s & 255u);
+    scale[1] = float(s >> 8);
+    minimum[0] = float(m & 255u);
+    minimum[1] = float(m >> 8);
   }
 };
 
@@ -339,10 +328,25 @@ struct Q5_K : ggml_halves<176> {
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int share, int j) {
     const uint2 high = ggml_words<align>(b + 16 + 16 * (share % 2) + 8 * (j & 1));
-    const uint2 bits = ggml_bits(high, 2 * (share / 2) + (j >> 1), 1u);
+    const uint plane = share / 2 * 2;
+    const uint2 bits = ggml_bits(uint2(high.x >> plane, high.y >> plane), j >> 1, 1u);
     return ggml_nibbles<align>(b + 48 + 16 * share, j) | uint2(bits.x << 4, bits.y << 4);
   }
 };
+
+/// Scales and minima of a share.
+template <typename Q, typename P>
+MLXQ_FUNC void ggml_scales(P block, int share, thread float* scale, thread float* minimum) {
+  const float2 unit = Q::unit(block);
+  Q::scales(block, share, scale, minimum);
+  MLXQ_UNROLL
+  for (int g = 0; g < Q::groups; g++) {
+    scale[g] *= unit.x;
+    if (Q::has_min) {
+      minimum[g] *= unit.y;
+    }
+  }
+}
 
 /// The eight weights of octet `j` of a share, given the share's scales.
 template <typename Q, typename P>
@@ -366,7 +370,7 @@ MLXQ_FUNC void ggml_dequantize(const device uchar* w, device T* out, uint at) {
   device T* y = out + ulong(at / Q::shares) * Q::block;
   const int share = at % Q::shares;
   float scale[Q::groups], minimum[Q::groups];
-  Q::scales(block, share, scale, minimum);
+  ggml_scales<Q>(block, share, scale, minimum);
   MLXQ_UNROLL
   for (int j = 0; j < 4; j++) {
     float v[8];

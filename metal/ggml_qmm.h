@@ -35,15 +35,16 @@ constexpr int ggml_tile_period() {
   return Q::block == 32 ? 1 : Q::groups;
 }
 
-/// Copy `n_blocks` blocks of each row of w, which begin `start` bytes into it.
+/// Copy `n_blocks` blocks of each row of w, which begin `start` bytes into it. A SIMD-group has the same rows each time,
+/// so that it comes back to the lines of which it left a part.
 template <typename Q, int WIDTH>
 MLXQ_FUNC void ggml_stage_span(const device uchar* w, ulong row_bytes, ulong start, int n_rows, int n_blocks,
-                               threadgroup uchar* spans, uint thread_index) {
+                               threadgroup uchar* spans, uint simdgroup, uint lane) {
   static_assert(ggml_span<Q>() % WIDTH == 0, "spans begin at pieces");
-  constexpr int pieces = ggml_span<Q>() / WIDTH;
+  constexpr int pieces = ggml_span<Q>() / WIDTH, rows = GGML_QMM_BN * SIMD_LANES / GGML_QMM_THREADS;
   using piece = typename ggml_piece<WIDTH>::type;
-  for (int i = int(thread_index); i < GGML_QMM_BN * pieces; i += GGML_QMM_THREADS) {
-    const int row = i / pieces, at = i % pieces * WIDTH;
+  for (int i = int(lane); i < rows * pieces; i += SIMD_LANES) {
+    const int row = int(simdgroup) * rows + i / pieces, at = i % pieces * WIDTH;
     if (row < n_rows && at < n_blocks * Q::bytes) {
       *(threadgroup piece*)(spans + row * ggml_span_slot<Q>() + at) =
           *(const device piece*)(w + ulong(row) * row_bytes + start + ulong(at));
@@ -70,7 +71,7 @@ MLXQ_FUNC void ggml_decode_octet(const threadgroup uchar* span, int octet, bool 
     const threadgroup uchar* block = span + octet / (Q::block / 8) * Q::bytes;
     const int within = octet % (Q::block / 8);
     float scale[Q::groups], minimum[Q::groups];
-    Q::scales(block, Q::share_of(within), scale, minimum);
+    ggml_scales<Q>(block, Q::share_of(within), scale, minimum);
     ggml_decode<Q>(block, Q::share_of(within), Q::index_of(within), scale, minimum, v);
   }
   *(threadgroup float4*)out = float4(v[0], v[1], v[2], v[3]);
@@ -141,7 +142,7 @@ MLXQ_FUNC void ggml_qmm_tiles(const device T* x, const device uchar* w, device T
   for (int start = 0; start < K; start += GGML_QMM_SPAN) {
     const int n_tiles = min(GGML_QMM_SPAN, K - start) / GGML_QMM_BK;
     ggml_stage_span<Q, WIDTH>(w, row_bytes, ulong(start / Q::block) * Q::bytes, w_rows,
-                              n_tiles * GGML_QMM_BK / Q::block, spans, thread_index);
+                              n_tiles * GGML_QMM_BK / Q::block, spans, simdgroup, thread_index % SIMD_LANES);
     for (int t = 0; t < n_tiles / period; t++) {
       MLXQ_UNROLL
       for (int u = 0; u < period; u++) {

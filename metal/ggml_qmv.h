@@ -65,8 +65,7 @@ MLXQ_FUNC void ggml_stage(const device uchar* w, ulong start, int count, threadg
 /// x for a share, ready for `Q::masked`: divided by 256^i where codes stay in place. `sums` are those of the groups.
 template <typename Q, typename T>
 MLXQ_FUNC void ggml_load_x(const device T* x, int share, thread float* v, thread float* sums) {
-  constexpr float place = 1.0f / 256.0f;
-  const float4 places = Q::in_place ? float4(1.0f, place, place * place, place * place * place) : float4(1.0f);
+  constexpr float place = Q::in_place ? 1.0f / 256.0f : 1.0f;
   MLXQ_UNROLL
   for (int g = 0; g < Q::groups; g++) {
     sums[g] = 0.0f;
@@ -79,11 +78,10 @@ MLXQ_FUNC void ggml_load_x(const device T* x, int share, thread float* v, thread
       if (Q::has_min || Q::offset != 0) {
         sums[j * Q::groups / 4] += (a.x + a.y) + (a.z + a.w);
       }
-      const float4 b = a * places;
-      v[8 * j + 4 * h] = b.x;
-      v[8 * j + 4 * h + 1] = b.y;
-      v[8 * j + 4 * h + 2] = b.z;
-      v[8 * j + 4 * h + 3] = b.w;
+      v[8 * j + 4 * h] = a.x;
+      v[8 * j + 4 * h + 1] = a.y * place;
+      v[8 * j + 4 * h + 2] = a.z * (place * place);
+      v[8 * j + 4 * h + 3] = a.w * (place * place * place);
     }
   }
 }
@@ -105,36 +103,33 @@ MLXQ_FUNC float ggml_dot(const threadgroup uchar* block, int share, thread const
       dots[j * Q::groups / 4] = fma(Q::masked(i < 4 ? q.x : q.y, i & 3), v[8 * j + i], dots[j * Q::groups / 4]);
     }
   }
-  float dot = 0.0f;
+  float dot = 0.0f, least = 0.0f;
   MLXQ_UNROLL
   for (int g = 0; g < Q::groups; g++) {
     dot = fma(scale[g], dots[g], dot);
     if (Q::has_min) {
-      dot = fma(-minimum[g], sums[g], dot);
+      least = fma(minimum[g], sums[g], least);
     }
   }
-  return dot;
+  const float2 unit = Q::unit(block);
+  return Q::has_min ? fma(unit.x, dot, -unit.y * least) : unit.x * dot;
 }
 
 /// The products of a share of ROWS rows with M rows of x: every weight is decoded once.
-template <typename Q, int M, int ROWS, int STEPS, typename T>
-MLXQ_FUNC void ggml_dots(const threadgroup uchar* slots, thread const int* first, int n_rows, int share,
-                         const device T* x, int K, thread float (*acc)[ROWS]) {
+template <typename Q, int M, int ROWS, typename T>
+MLXQ_FUNC void ggml_dots(const threadgroup uchar* const thread* blocks, int at, int share, const device T* x, int K,
+                         thread float (*acc)[ROWS]) {
   float scale[ROWS][Q::groups], minimum[ROWS][Q::groups];
   MLXQ_UNROLL
   for (int r = 0; r < ROWS; r++) {
-    if (r < n_rows) {
-      Q::scales(slots + r * ggml_slot<Q, STEPS>() + first[r], share, scale[r], minimum[r]);
-    }
+    ggml_scales<Q>(blocks[r] + at, share, scale[r], minimum[r]);
   }
   MLXQ_UNROLL
   for (int j = 0; j < 4; j++) {
     float w[ROWS][8];
     MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
-      if (r < n_rows) {
-        ggml_decode<Q>(slots + r * ggml_slot<Q, STEPS>() + first[r], share, j, scale[r], minimum[r], w[r]);
-      }
+      ggml_decode<Q>(blocks[r] + at, share, j, scale[r], minimum[r], w[r]);
     }
     MLXQ_UNROLL
     for (int m = 0; m < M; m++) {
@@ -142,16 +137,14 @@ MLXQ_FUNC void ggml_dots(const threadgroup uchar* slots, thread const int* first
       const float4 a = load4(octet), b = load4(octet + 4);
       MLXQ_UNROLL
       for (int r = 0; r < ROWS; r++) {
-        if (r < n_rows) {
-          float s = fma(a.x, w[r][0], acc[m][r]);
-          s = fma(a.y, w[r][1], s);
-          s = fma(a.z, w[r][2], s);
-          s = fma(a.w, w[r][3], s);
-          s = fma(b.x, w[r][4], s);
-          s = fma(b.y, w[r][5], s);
-          s = fma(b.z, w[r][6], s);
-          acc[m][r] = fma(b.w, w[r][7], s);
-        }
+        float s = fma(a.x, w[r][0], acc[m][r]);
+        s = fma(a.y, w[r][1], s);
+        s = fma(a.z, w[r][2], s);
+        s = fma(a.w, w[r][3], s);
+        s = fma(b.x, w[r][4], s);
+        s = fma(b.y, w[r][5], s);
+        s = fma(b.z, w[r][6], s);
+        acc[m][r] = fma(b.w, w[r][7], s);
       }
     }
   }
@@ -166,7 +159,10 @@ MLXQ_FUNC void ggml_qmv(const device T* x, const device uchar* w, device T* y, i
   constexpr int slot = ggml_slot<Q, STEPS>(), chunk = GGML_STEP / Q::block * STEPS;
   threadgroup uchar* slots = (threadgroup uchar*)room + simdgroup * (ROWS * slot);
   const int row = int(group * GGML_QMV_SIMDGROUPS + simdgroup) * ROWS;
-  const int n_rows = min(ROWS, N - row);  // none for a SIMD-group beyond the last row
+  const int n_rows = min(ROWS, N - row);
+  if (n_rows <= 0) {
+    return;  // all lanes, and no barrier is of more than this SIMD-group
+  }
   const int n_blocks = K / Q::block;
   const ulong row_bytes = ulong(n_blocks) * Q::bytes;
   float acc[M][ROWS];
@@ -179,42 +175,29 @@ MLXQ_FUNC void ggml_qmv(const device T* x, const device uchar* w, device T* y, i
   }
   for (int start = 0; start < n_blocks; start += chunk) {
     const int count = min(chunk, n_blocks - start);
-    int first[ROWS];  // where the rows begin in their slots
+    const threadgroup uchar* blocks[ROWS];
     MLXQ_UNROLL
     for (int r = 0; r < ROWS; r++) {
+      const ulong at = ulong(row + r) * row_bytes + ulong(start) * Q::bytes;
+      // Rows beyond the last are computed from the first one's bytes, and not stored.
+      blocks[r] = r < n_rows ? slots + (r * slot + int(at % GGML_LINE)) : blocks[0];
       if (r < n_rows) {
-        const ulong at = ulong(row + r) * row_bytes + ulong(start) * Q::bytes;
-        first[r] = int(at % GGML_LINE);
         ggml_stage<WIDTH>(w, at, count * Q::bytes, slots + r * slot, lane);
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int share = int(lane); share < count * Q::shares; share += SIMD_LANES) {
-      const int block = share / Q::shares;
+    for (int i = int(lane); i < count * Q::shares; i += SIMD_LANES) {
+      const int block = i / Q::shares, share = i % Q::shares;
       const device T* part = x + ulong(start + block) * Q::block;
-      MLXQ_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        if (r < n_rows) {
-          first[r] += block * Q::bytes;
-        }
-      }
       if constexpr (M == 1) {
         float v[32], sums[Q::groups];
-        ggml_load_x<Q>(part, share % Q::shares, v, sums);
+        ggml_load_x<Q>(part, share, v, sums);
         MLXQ_UNROLL
         for (int r = 0; r < ROWS; r++) {
-          if (r < n_rows) {
-            acc[0][r] += ggml_dot<Q>(slots + r * slot + first[r], share % Q::shares, v, sums);
-          }
+          acc[0][r] += ggml_dot<Q>(blocks[r] + block * Q::bytes, share, v, sums);
         }
       } else {
-        ggml_dots<Q, M, ROWS, STEPS>(slots, first, n_rows, share % Q::shares, part, K, acc);
-      }
-      MLXQ_UNROLL
-      for (int r = 0; r < ROWS; r++) {
-        if (r < n_rows) {
-          first[r] -= block * Q::bytes;
-        }
+        ggml_dots<Q, M, ROWS>(blocks, block * Q::bytes, share, part, K, acc);
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
