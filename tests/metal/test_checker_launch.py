@@ -188,3 +188,12 @@ def test_matrix_product_of_a_simdgroup() -> None:
         inputs=[x], grid=(32, 1, 1), threadgroup=(32, 1, 1), output_shapes=[(8, 8)], output_dtypes=[mx.float32]
     )
     assert np.array_equal(np.array(y), np.array(x[0]) @ np.array(x[1]))
+
+
+def test_denormals_are_flushed_on_demand() -> None:
+    x = mx.full((64,), 1e-38)
+    kernel = metal_kernel("tenth", ["x"], ["y"], _I + "y[i] = x[i] * 0.1f;\n")
+    call = {"inputs": [x], "grid": (64, 1, 1), "threadgroup": (64, 1, 1)}
+    call |= {"output_shapes": [(64,)], "output_dtypes": [mx.float32]}
+    assert np.array(kernel(**call)[0]).all()
+    assert not np.array(kernel(**call, flush_denormals=True)[0]).any()

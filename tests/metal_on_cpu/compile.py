@@ -25,6 +25,7 @@ _LANGUAGE = [
     *("-x", "clcpp", "-cl-std=clc++2021", "-cl-no-stdinc", "-fdeclspec", "-nostdinc"),
     *("-D__METAL__", "-D__METAL_VERSION__=320", "-cl-single-precision-constant"),
     *("-Xclang", "-ffloat16-excess-precision=none"),  # half rounds after each operation
+    *("-Xclang", "-cl-ext=+all"),  # x86 has all extensions on, aarch64 none
     *("-Wno-unknown-attributes", "-Wno-unused-value", "-Werror=return-type"),
     *("-Werror=uninitialized", "-Werror=sometimes-uninitialized"),
 ]

@@ -21,6 +21,20 @@ static uint64_t interrupted_pc(void* context) {
 #endif
 }
 
+#if defined(__x86_64__)
+constexpr uint64_t FLUSH_DENORMALS = 0x8040;
+static uint64_t float_control() { return _mm_getcsr(); }
+static void set_float_control(uint64_t mode) { _mm_setcsr((uint32_t)mode); }
+#else
+constexpr uint64_t FLUSH_DENORMALS = 1 << 24;
+static uint64_t float_control() {
+  uint64_t mode;
+  asm volatile("mrs %0, fpcr" : "=r"(mode));
+  return mode;
+}
+static void set_float_control(uint64_t mode) { asm volatile("msr fpcr, %0" ::"r"(mode)); }
+#endif
+
 static void unblock(int sig) {
   sigset_t s;
   sigemptyset(&s);
@@ -214,10 +228,8 @@ extern "C" int64_t msl_run(void* kernel, const MslConfig* c, int fd, const MslBu
   map_stacks();
   Handlers handlers;
   handlers.install();
-#if defined(__x86_64__)
-  uint32_t csr = _mm_getcsr();
-  if (config.flush_denormals) _mm_setcsr(csr | 0x8040);
-#endif
+  uint64_t float_mode = float_control();
+  if (config.flush_denormals) set_float_control(float_mode | FLUSH_DENORMALS);
   volatile bool aborted = true;
   running = 1;
   if (!setjmp(abort_run)) {
@@ -225,9 +237,7 @@ extern "C" int64_t msl_run(void* kernel, const MslConfig* c, int fd, const MslBu
     aborted = false;
   }
   running = 0, current = nullptr;
-#if defined(__x86_64__)
-  _mm_setcsr(csr);
-#endif
+  set_float_control(float_mode);
   handlers.restore();
   if (config.check && !aborted) find_unwritten();
   std::string out = report(aborted);
