@@ -316,6 +316,8 @@ def test_both_containers_name_their_one_source(tmp_path, source):
     manifests = [json.loads(p.read_text()) for p in (tmp_path / "mlx" / "mlxq.json", tmp_path / "m.mlxq.json")]
     assert manifests[0]["source"] == manifests[1]["source"]
     assert manifests[1]["source"]["kind"] == "huggingface"
+    assert manifests[1]["options"]["recipe"] == "portable"
+    assert manifests[1]["notes"] == ["each of 21 tensors decodes to the numbers of the MLX directory mlx"]
 
 
 def test_a_pair_that_fails_at_its_end_leaves_nothing(tmp_path, source, monkeypatch):

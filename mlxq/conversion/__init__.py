@@ -86,9 +86,7 @@ def convert(
     given = next((name for name, value in of_gguf.items() if value is not None), None)
     if is_gguf(job.output) or (job.output is None and given):
         if recipe == "portable":
-            raise PlanError(
-                "--recipe portable makes an MLX directory first: name that with an --output of its own"
-            )
+            raise PlanError("--recipe portable makes an MLX directory first: name that with an --output of its own")
         _refuse(of_mlx, "an MLX directory; a GGUF file takes --type and --tensor-type REGEX=TYPE")
         return to_gguf(job, GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile))
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")

@@ -40,7 +40,8 @@ class ConversionResult:
 class Job:
     """Source, place of the result, and how the work is run; see `mlxq.convert`.
 
-    `name` is what the source is called where that is not its place, and `origin` what a manifest says of it then.
+    `name` is what the source is called where that is not its place; `origin` and `options` are what a manifest says of
+    it and of how it was made then.
     """
 
     source: str | os.PathLike[str]
@@ -54,6 +55,7 @@ class Job:
     cancel: CancelToken
     name: str | os.PathLike[str] | None = None
     origin: dict[str, Any] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def path(self) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +46,8 @@ def to_both(
     made: list[ConversionResult] = []
 
     def export(staged: Path, source: dict[str, Any]) -> None:
-        of_source = replace(second, source=staged, origin=source)
-        made.append(to_gguf(of_source, request, before_commit=lambda file: _compare(staged, file, second)))
+        of_stage = replace(second, source=staged, origin=source, options=asdict(options))
+        made.append(to_gguf(of_stage, request, lambda file: _compare(staged, file, first, second)))
 
     try:
         result = to_mlx(first, options, before_commit=export)
@@ -64,9 +64,11 @@ def is_gguf(output: str | os.PathLike[str] | None) -> bool:
     return output is not None and os.fspath(output).lower().endswith(GGUF_SUFFIX)
 
 
-def _compare(staged: Path, file: Path, second: Job) -> None:
+def _compare(staged: Path, file: Path, first: Job, second: Job) -> list[str]:
     from mlxq.evaluate.comparison.compare import compare
 
     comparison = compare(staged, file, only=("tensors",), progress=second.progress, cancel=second.cancel)
     if not comparison.passed:
         raise VerificationError(f"{second.path}: {comparison.failure}; nothing was written")
+    name = os.path.basename(os.path.abspath(first.path))
+    return [f"each of {len(comparison.tensors)} tensors decodes to the numbers of the MLX directory {name}"]

@@ -55,9 +55,12 @@ class GgufRequest:
 
 
 def to_gguf(
-    job: Job, request: GgufRequest, before_commit: Callable[[Path], None] = lambda staged: None
+    job: Job, request: GgufRequest, compare: Callable[[Path], list[str]] = lambda staged: []
 ) -> ConversionResult:
-    """Plan, write and prove a GGUF file; see `mlxq.convert`. `before_commit` is called with the file, still staged."""
+    """Plan, write and prove a GGUF file; see `mlxq.convert`.
+
+    `compare` is called with the file while that is staged, and gives notes for the manifest.
+    """
     options = GgufOptions(request.type, request.tensor_types, request.exact, request.as_stored)
     importance = ImportanceMatrix.read(request.imatrix) if request.imatrix is not None else None
     stage = None
@@ -90,13 +93,14 @@ def to_gguf(
             if request.exact:
                 _refuse_changed(target.errors.relative_rmse, names)
             verification = job.prove(parameters, stage.staged, plan)
+            notes += compare(stage.staged)
             if request.modelfile:
                 stage.write(MODELFILE, ollama_modelfile(stage.path.name, metadata, checkpoint).encode())
             stage.write(
                 _manifest_name(stage.path),
                 manifest_json(
                     source=job.describe(checkpoint, digests.source),
-                    options=dataclasses.asdict(request) | {"imatrix": request.imatrix and Path(request.imatrix).name},
+                    options=job.options | dataclasses.asdict(request) | {"imatrix": _name(request.imatrix)},
                     plan=plan,
                     files=digests.written,
                     verification=verification.to_dict() if verification else None,
@@ -105,11 +109,14 @@ def to_gguf(
                     stored_names=stored_names,
                 ),
             )
-            before_commit(stage.staged)
             stage.commit()
         return ConversionResult(
             stage.path, plan, checkpoint.config, verification, tuple(notes), stored_names=stored_names
         )
+
+
+def _name(path: str | os.PathLike[str] | None) -> str | None:
+    return None if path is None else Path(path).name
 
 
 def _manifest_name(path: Path) -> str:
