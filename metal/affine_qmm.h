@@ -35,10 +35,11 @@ MLXQ_FUNC void affine_drop8(thread uint* w) {
   }
 }
 
-/// Codes of a lane's run: 16 bytes for 4 and 8 bits, so that the eight lanes of a row load 128.
-template <int bits>
+/// Codes of a lane's run: 16 bytes for 4 and 8 bits, so that the eight lanes of a row load 128. Half of that where K
+/// does not divide into eight such runs, so that fewer lanes of the last block have none (3 and 5 bits: no half words).
+template <int bits, int K>
 constexpr int affine_qmm_run() {
-  return bits == 8 ? 16 : 32;
+  return bits == 8 || (bits % 2 == 0 && K % 256 != 0) ? 16 : 32;
 }
 
 constant constexpr int QMM_TILE_M = 32;
@@ -94,7 +95,7 @@ MLXQ_FUNC void affine_qmm_t_tile(
     uint tile_n,
     uint simd_group,
     uint lane) {
-  constexpr int run = affine_qmm_run<bits>();
+  constexpr int run = affine_qmm_run<bits, K>();
   constexpr int n_words = affine_words<bits, run>();
   constexpr int depth = QMM_DEPTH / 8;
   constexpr int m_fragments = QMM_TILE_M / 8;

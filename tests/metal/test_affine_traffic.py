@@ -108,10 +108,10 @@ def test_few_rows_take_no_more_than_either_kernel_of_mlx(counted, bits, M):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("transpose", [True, False])
-def test_tiles_take_no_more_than_mlx(counted, bits, transpose):
-    weights = affine_cases.packed((64, 256), bits, 64, mx.float16)
-    x = affine_cases.normal((32, 256 if transpose else 64), mx.float16)
+@pytest.mark.parametrize(("transpose", "K"), [(True, 256), (True, 576), (False, 256)])
+def test_tiles_take_no_more_than_mlx(counted, bits, transpose, K):
+    weights = affine_cases.packed((64, K), bits, 64, mx.float16)
+    x = affine_cases.normal((32, K if transpose else 64), mx.float16)
     own = counted(metal_backend.quantized_matmul, x, *weights, transpose, bits, 64)
     function = "affine_qmm_t" if transpose else "affine_qmm_n"
     check_beside_mlx(own, mlx_kernels.product(function, x, weights, bits, 64))
