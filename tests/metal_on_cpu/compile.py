@@ -16,7 +16,7 @@ from pathlib import Path
 
 from metal_on_cpu import toolchain
 from metal_on_cpu.counting import instrument
-from metal_on_cpu.lint import lint
+from metal_on_cpu.lint import Fault, lint
 from metal_on_cpu.tokens import MslError
 from metal_on_cpu.translate import translate
 from metal_on_cpu.widths import access_widths
@@ -86,18 +86,20 @@ def compile_kernel(text: str, entry: str, build: Build, user_files: tuple[str, .
 
 def _make(out: Path, text: str, entry: str, build: Build, user_files: tuple[str, ...]) -> None:
     out.mkdir()
+    language = [*_LANGUAGE, *_TARGET, f"-DMSL_SIMD_ORDER={build.simd_order}"]
+    language.append(f"-DMSL_COUNT={build.mode == 'count':d}")
+    flags = [build.opt, *_CODE, f"-ffp-contract={build.contract}", *MODES[build.mode], *build.extra]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(1) as pool:
-        language = [
-            *_LANGUAGE,
-            *_TARGET,
-            f"-DMSL_SIMD_ORDER={build.simd_order}",
-            f"-DMSL_COUNT={build.mode == 'count':d}",
-        ]
-        source = _translated(Path(scratch), text, entry, build, language)
-        linted = pool.submit(_lint, source, language, user_files) if build.lint and build.mode == "check" else None
-        flags = [build.opt, *_CODE, f"-ffp-contract={build.contract}", *MODES[build.mode], *build.extra]
+        before, after = _preprocessed(Path(scratch), text, language, user_files[0])
+        code, constants = translate(after, before)
+        values = dict(build.function_constants)
+        defines = "".join(f"#define MSL_FC_{n} {int(values.get(n, 0))}\n" for n in constants)
+        source = Path(scratch) / "kernel.cl"
+        source.write_text(defines + code + entry)
+        command = [toolchain.CLANG, *language, *flags, *_included(before, [*language, *flags])]
+        linted = pool.submit(_lint, source, command, user_files) if build.lint and build.mode == "check" else None
         try:
-            _object(source, [*language, *flags], out, build.mode == "count")
+            _object(source, command, out, build.mode == "count")
         finally:
             if linted:
                 faults = linted.result()
@@ -106,53 +108,44 @@ def _make(out: Path, text: str, entry: str, build: Build, user_files: tuple[str,
         toolchain.run([toolchain.CLANG, "-shared", "-o", out / "kernel.so", source.with_suffix(".o"), "-lm"])
 
 
-def _translated(scratch: Path, text: str, entry: str, build: Build, language: list[str]) -> Path:
+def _preprocessed(scratch: Path, text: str, language: list[str], first_file: str) -> tuple[str, str]:
+    """The preprocessed prelude, the same for all kernels, and the kernel's own text after it."""
     metal = scratch / "kernel.metal"
     metal.write_text(_PRELUDE + text + "\n")
     folders = [x for folder in (*toolchain.shim(), toolchain.MLX_INCLUDE) for x in ("-isystem", str(folder))]
-    code, constants = translate(toolchain.run([toolchain.CLANG, *language, *folders, "-E", metal]))
-    values = dict(build.function_constants)
-    source = scratch / "kernel.cl"
-    defines = "".join(f"#define MSL_FC_{n} {int(values.get(n, 0))}\n" for n in constants)
-    source.write_text(defines + "#line 1\n" + code + entry)
-    return source
+    # The file's name alone is in the result, not where it lies.
+    whole = toolchain.run([toolchain.CLANG, *language, *folders, "-E", metal.name], scratch)
+    start = whole.index(f'# 1 "{first_file}"')
+    return whole[:start], whole[start:]
 
 
-def _object(source: Path, flags: list[str], out: Path, count: bool) -> None:
+def _included(prelude: str, flags: list[str]) -> list[str | Path]:
+    """Options that include the prelude, compiled before: most of the time that a small kernel would take."""
+    key = "\0".join([prelude, *flags, str(toolchain.CACHE), toolchain.identity()])
+    source = toolchain.cached(key, ".prelude.cl", lambda out: out.write_text(translate(prelude)[0]) and None)
+    make = [toolchain.CLANG, *flags, "-Xclang", "-emit-pch", "-c", source, "-o"]
+    made = toolchain.cached(key, ".prelude.pch", lambda out: toolchain.run([*make, out]) and None)
+    return ["-Xclang", "-fno-validate-pch", "-include-pch", made]
+
+
+def _object(source: Path, command: list[str | Path], out: Path, count: bool) -> None:
     made = source.with_suffix(".o")
     if not count:
-        toolchain.run([toolchain.CLANG, *flags, "-c", source, "-o", made])
+        toolchain.run([*command, "-c", source, "-o", made])
         return
     ir, plain = source.with_suffix(".ll"), source.with_suffix(".plain.ll")
     emit = ["-S", "-emit-llvm", source, "-o"]
-    toolchain.run([toolchain.CLANG, *flags, *emit, ir])
-    toolchain.run([toolchain.CLANG, *flags, "-fno-sanitize=all", "-Xclang", "-disable-llvm-passes", *emit, plain])
+    toolchain.run([*command, *emit, ir])
+    toolchain.run([*command, "-Xclang", "-disable-llvm-passes", *emit, plain])
     code, blocks = instrument(ir.read_text(), access_widths(plain.read_text()))
     ir.write_text(code)
     (out / "blocks.json").write_text(json.dumps(blocks))
-    toolchain.run(
-        [
-            toolchain.CLANG,
-            "-Wno-override-module",
-            "-fPIC",
-            "-O1",
-            *_TARGET,
-            "-Xclang",
-            "-disable-llvm-passes",
-            "-c",
-            ir,
-            "-o",
-            made,
-        ]
-    )
+    assemble = ["-Wno-override-module", "-fPIC", "-O1", *_TARGET, "-Xclang", "-disable-llvm-passes"]
+    toolchain.run([toolchain.CLANG, *assemble, "-c", ir, "-o", made])
 
 
-def _lint(source: Path, language: list[str], user_files: tuple[str, ...]) -> list[tuple[str, int, str]]:
-    dump = ["-fsyntax-only", "-w", "-Xclang", "-ast-dump", "-fno-color-diagnostics"]
-    done = subprocess.run([toolchain.CLANG, *language, *dump, str(source)], capture_output=True, text=True, check=False)
-    if done.returncode:
-        return []  # the compiler says why
-    # The user's text comes last: what is before it needs no reading.
-    starts = [at for at in (done.stdout.find(f"<{name}:") for name in user_files) if at >= 0]
-    start = done.stdout.rfind("\n", 0, min(starts)) + 1 if starts else 0
-    return lint(done.stdout[start:], lambda name: name in user_files)
+def _lint(source: Path, command: list[str | Path], user_files: tuple[str, ...]) -> list[Fault]:
+    dump = [*command, "-fsyntax-only", "-w", "-Xclang", "-ast-dump", "-fno-color-diagnostics", source]
+    done = subprocess.run([str(c) for c in dump], capture_output=True, text=True, check=False)
+    # Where the text does not compile, the compiler says why.
+    return lint(done.stdout, lambda name: name in user_files) if done.returncode == 0 else []

@@ -25,6 +25,7 @@ MLX_INCLUDE = Path(mx.__file__).parent / "include"
 CLANG = "clang++-19"
 SYMBOLIZER = "llvm-symbolizer-19"
 
+_COMPILING = ("compile", "counting", "lint", "tokens", "toolchain", "translate", "widths")
 #: The names under which Metal's standard library can be included: all are the shim.
 _STANDARD_HEADERS = (
     *("array", "atomic", "common", "compute", "config", "geometric", "integer", "limits", "logging", "math", "matrix"),
@@ -42,13 +43,13 @@ def unavailable() -> str | None:
     return None
 
 
-def run(command: list[str | Path], text: str | None = None) -> str:
-    """Runs a tool and returns what it printed.
+def run(command: list[str | Path], folder: Path | None = None) -> str:
+    """Runs a tool, in a folder, and returns what it printed.
 
     Raises:
         MslError: it failed; the message is what it said.
     """
-    done = subprocess.run([str(c) for c in command], input=text, capture_output=True, text=True, check=False)
+    done = subprocess.run([str(c) for c in command], cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MslError(f"{command[0]} failed:\n{done.stderr}")
     return done.stdout
@@ -76,8 +77,8 @@ def cached(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
 
 @cache
 def identity() -> str:
-    """What a compiled kernel depends on beside its own text: compiler, mlx's headers, and this package's own files."""
-    own = [p for p in sorted(HERE.rglob("*")) if p.suffix in (".py", ".h", ".cpp")]
+    """What a compiled kernel depends on beside its text: the compiler, mlx's headers, the shim, and the steps here."""
+    own = [*sorted((HERE / "shim").iterdir()), *(HERE / f"{name}.py" for name in _COMPILING)]
     texts = [run([CLANG, "--version"]), version("mlx"), str(MLX_INCLUDE), *(p.read_text() for p in own)]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 

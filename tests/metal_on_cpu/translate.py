@@ -33,19 +33,22 @@ _RESERVED = {
 _OPEN = {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}
 
 
-def translate(text: str) -> tuple[str, list[int]]:
-    """Preprocessed Metal text as C++ for OpenCL, and the numbers of the function constants that it declares."""
-    return _Translator(text).run()
+def translate(text: str, before: str = "") -> tuple[str, list[int]]:
+    """Preprocessed Metal text as C++ for OpenCL, and the numbers of the function constants that it declares.
+
+    `before` is text that the compiler sees first: its classes are known, and it is not translated.
+    """
+    return _Translator(text, before).run()
 
 
 class _Translator:
     """One pass over the tokens; `out` holds what each becomes."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, before: str) -> None:
         self.tokens = tokenize(text)
         self.out = list(self.tokens)
-        self.classes = set(_CLASS.findall(text))
-        self.members = set(_SWIZZLE_MEMBER.findall(_outside_shim(text)))
+        self.classes = set(_CLASS.findall(before + text))
+        self.members = set(_SWIZZLE_MEMBER.findall(_outside_shim(before + text)))
         self.constants: set[int] = set()
         self.removed: list[tuple[int, int]] = []
         self.variables = 0
