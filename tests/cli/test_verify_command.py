@@ -61,6 +61,14 @@ def test_a_tolerance_accepts_it_and_says_so(pair: tuple[Path, Path]) -> None:
     assert mlxq("verify", *pair, "--tolerance", 0.0005).returncode == 1
 
 
+def test_the_tolerance_that_a_verdict_names_accepts_it(pair: tuple[Path, Path]) -> None:
+    told = mlxq("verify", *pair, "--only", "tensors").stdout.split("; --tolerance ")[1].split()
+    assert told[1:] == ["accepts", "that"]
+    # The error of about 0.001, rounded up to two digits.
+    assert told[0] in ("0.001", "0.0011")
+    assert mlxq("verify", *pair, "--tolerance", told[0]).returncode == 0
+
+
 def test_every_tensor(pair: tuple[Path, Path]) -> None:
     done = mlxq("verify", *pair, "--all", "--no-tokenizer")
     assert sum("layers." in line and "Verdict" not in line for line in done.stdout.splitlines()) == 18

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -54,7 +55,7 @@ def tensors_failure(outside: list[TensorComparison], n: int) -> str:
 def verdict(comparison: Comparison) -> str:
     """The last line of a report."""
     if not comparison.passed:
-        return f"different: {comparison.summary}"
+        return f"different: {comparison.summary}{_accepted(comparison)}"
     compared = [f"{len(comparison.tensors)} tensors"] if comparison.tensors is not None else []
     names = {"tokenizer": "token ids", "template": "chat template", "config": "settings"}
     compared += [text for part, text in names.items() if getattr(comparison, part) is not None]
@@ -64,6 +65,17 @@ def verdict(comparison: Comparison) -> str:
     if comparison.identical:
         return f"identical: {listed}" if listed else "identical"
     return f"the same within a relative RMSE of {comparison.tolerance:g}: {listed}"
+
+
+def _accepted(comparison: Comparison) -> str:
+    """The tolerance with which it would pass, to two digits, where rounding of weights is all that differs."""
+    if not (comparison.tensors and dataclasses.replace(comparison, tensors=()).passed):
+        return ""
+    errors = [t.rmse if t.status == "different" else math.inf for t in comparison.outside]
+    if not math.isfinite(sum(errors)) or max(errors) >= 1:
+        return ""
+    unit = 10.0 ** (math.floor(math.log10(max(errors))) - 1)
+    return f"; --tolerance {math.ceil(max(errors) / unit) * unit:.2g} accepts that"
 
 
 def print_comparison(comparison: Comparison, console: Any, *, every: bool = False) -> None:
