@@ -15,30 +15,10 @@ import numpy as np
 from mlxq.checkpoint.gguf.fields import ACTIVATIONS, BIASED, BUILT_IN, FIELDS, YARN, Field
 from mlxq.checkpoint.gguf.metadata import Metadata
 from mlxq.checkpoint.gguf.names import GgufArchitecture
+from mlxq.checkpoint.gguf.tokens import CONTROL, END_TEXTS
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 
-#: Texts that end a turn or a text, beyond the ids the metadata names (llama.cpp `src/llama-vocab.cpp`, load).
-END_TEXTS = frozenset(
-    {
-        "<|eot_id|>",
-        "<|im_end|>",
-        "<|end|>",
-        "<|return|>",
-        "<|call|>",
-        "<end_of_turn>",
-        "<|endoftext|>",
-        "</s>",
-        "<|eom_id|>",
-        "<EOT>",
-        "_<EOT>",
-        "<|end_of_text|>",
-        "<end_of_utterance>",
-        "<eos>",
-        "<｜end▁of▁sentence｜>",
-    }
-)
-CONTROL = 3
 #: Of Gemma 3: one layer in so many attends to everything.
 SLIDING_PATTERN = 6
 #: Context lengths that models were trained at before their rotary frequencies were rescaled.

@@ -10,22 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.checkpoint.gguf.config import CONTROL, END_TEXTS
 from mlxq.checkpoint.gguf.file import shown
 from mlxq.checkpoint.gguf.metadata import Metadata
+from mlxq.checkpoint.gguf.tokens import CONTROL, END_TEXTS, FIM_TEXTS, UNKNOWN, USER_DEFINED
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
-
-_UNKNOWN, _USER_DEFINED = 2, 4
-#: Found in the input whatever type the file gives them: ends of text (END_TEXTS), and fill-in-the-middle marks.
-# fmt: off
-_FIM_TEXTS = frozenset({
-    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "<|code_prefix|>", "<|fim_suffix|>",
-    "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "<|code_suffix|>", "<|fim_middle|>", "<fim-middle>",
-    "<fim_middle>", "<｜fim▁end｜>", "<MID>", "<|code_middle|>", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>",
-    "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
-})
-# fmt: on
 
 
 class Vocabulary:
@@ -94,10 +83,10 @@ class Vocabulary:
     def added_tokens(self) -> list[dict[str, Any]]:
         """Tokens whose text is found in the input first, in tokenizer.json's form."""
         control = self.types == CONTROL
-        for text in (END_TEXTS | _FIM_TEXTS) & self.ids.keys():
-            if self.types[self.ids[text]] != _USER_DEFINED:
+        for text in (END_TEXTS | FIM_TEXTS) & self.ids.keys():
+            if self.types[self.ids[text]] != USER_DEFINED:
                 control[self.ids[text]] = True
-        found = control | (self.types == _UNKNOWN) | (self.types == _USER_DEFINED)
+        found = control | (self.types == UNKNOWN) | (self.types == USER_DEFINED)
         name = str(self.values.get("general.name", "")).lower()
         strips = "phi-3" in name or "phi3" in name
         return [
@@ -108,7 +97,7 @@ class Vocabulary:
                 "lstrip": False,
                 "rstrip": strips and self.tokens[i] not in ("<unk>", "<s>", "<|endoftext|>"),
                 "normalized": False,
-                "special": bool(control[i]) or int(self.types[i]) == _UNKNOWN,
+                "special": bool(control[i]) or int(self.types[i]) == UNKNOWN,
             }
             for i in np.flatnonzero(found)
         ]

@@ -107,4 +107,10 @@ def file_type_number(plan: Plan) -> int:
     most = max(weights, key=lambda name: weights[name])
     # Of several file types of one base type the middle one (`_M`) is the usual.
     numbers = {base: number for name, (number, base) in FILE_TYPES.items() if name == base or name.endswith("_M")}
-    return numbers.get(most, 0)
+    if most in numbers:
+        return numbers[most]
+    from gguf import LlamaFileType
+
+    # Types that are read and not written; of MXFP4 there is a file type for mixtures of experts alone.
+    known = (f"MOSTLY_{most}", f"MOSTLY_{most}_MOE")
+    return next((int(LlamaFileType[n]) for n in known if n in LlamaFileType.__members__), 0)

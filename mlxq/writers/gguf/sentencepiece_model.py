@@ -11,12 +11,11 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from mlxq.checkpoint.gguf.tokens import NORMAL
 from mlxq.errors import CheckpointError
 
 UNIGRAM, BPE = 1, 2
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-#: Types of pieces, which are GGUF's token types too.
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 
 @dataclass

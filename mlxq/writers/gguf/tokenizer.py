@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.checkpoint.gguf.config import END_TEXTS
+from mlxq.checkpoint.gguf.tokens import END_TEXTS
 from mlxq.errors import CheckpointError
 from mlxq.writers.gguf.tokenizer_files import TokenizerFiles
 from mlxq.writers.gguf.vocabulary import Vocabulary, build_vocabulary

@@ -10,21 +10,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlxq.checkpoint.gguf.tokens import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
 from mlxq.writers.gguf.pre import pre_name
-from mlxq.writers.gguf.sentencepiece_model import (
-    BPE,
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    SentencePieceModel,
-    parse_sentencepiece,
-)
+from mlxq.writers.gguf.sentencepiece_model import BPE, SentencePieceModel, parse_sentencepiece
 from mlxq.writers.gguf.tokenizer_files import AddedToken, TokenizerFiles
 from mlxq.writers.gguf.whitespace import (
     SPACE,
