@@ -36,8 +36,8 @@ _MAX_INT = (1 << 31) - 1
 #: bytes fill whole lines.
 _QMV_THREADS = 64
 _STEPS = {"Q8_0": 1, "Q2_K": 4, "Q3_K": 4}
-#: Threads and outputs of a threadgroup of `ggml_qmm`, and weights of a row that it has in threadgroup memory.
-_QMM_THREADS, _QMM_BN, _QMM_SPAN = 128, 32, 256
+#: Threads, rows of x and outputs of a threadgroup of `ggml_qmm`, and weights of a row in its threadgroup memory.
+_QMM_THREADS, _QMM_BM, _QMM_BN, _QMM_SPAN = 128, 32, 64, 256
 _DEQUANTIZE_THREADS = 256
 #: A batch is sorted by experts and multiplied in tiles if it has at least so many rows, and so many of each expert.
 _MIN_SORTED_ROWS, _MIN_ROWS_OF_EXPERT = 32, 4
@@ -170,16 +170,16 @@ def _gather_qmv(x: mx.array, blocks: mx.array, lhs: mx.array, experts: mx.array,
 
 def _qmm(x: mx.array, blocks: mx.array, type_name: str) -> mx.array:
     M, N = x.shape[0], blocks.shape[0]
-    function, template = _qmm_template("ggml_qmm", type_name, x, M, blocks)
+    function, template = _qmm_template("ggml_qmm", type_name, x, blocks)
     arguments = (
         "x, w, y, x_shape[0], w_shape[0], x_shape[1], room, threadgroup_position_in_grid, "
-        "thread_index_in_threadgroup, simdgroup_index_in_threadgroup"
+        "simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
     )
     launch = kernel(function, ["x", "w"], ["y"], _qmm_source("ggml_qmm", type_name, arguments), "ggml_qmm")
     (y,) = launch(
         inputs=[x, blocks],
         template=template,
-        grid=(-(-N // _QMM_BN) * _QMM_THREADS, -(-M // _tile_rows(M)), 1),
+        grid=(-(-N // _QMM_BN) * _QMM_THREADS, -(-M // _QMM_BM), 1),
         threadgroup=(_QMM_THREADS, 1, 1),
         output_shapes=[(M, N)],
         output_dtypes=[x.dtype],
@@ -196,17 +196,17 @@ def _gather_qmm(
         order = mx.argsort(experts)
         lhs, experts = lhs[order], experts[order]
     rows, experts = x[lhs].reshape(B * M, K), mx.repeat(experts, M)
-    function, template = _qmm_template("ggml_gather_qmm", type_name, x, B * M, blocks)
+    function, template = _qmm_template("ggml_gather_qmm", type_name, x, blocks)
     arguments = (
         "x, w, experts, y, x_shape[0], w_shape[0], w_shape[1], x_shape[1], room, threadgroup_position_in_grid, "
-        "thread_index_in_threadgroup, simdgroup_index_in_threadgroup"
+        "simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
     )
     source = _qmm_source("ggml_gather_qmm", type_name, arguments)
     launch = kernel(function, ["x", "w", "experts"], ["y"], source, "ggml_qmm")
     (y,) = launch(
         inputs=[rows, blocks, experts],
         template=template,
-        grid=(-(-N // _QMM_BN) * _QMM_THREADS, -(-B * M // _tile_rows(B * M)), 1),
+        grid=(-(-N // _QMM_BN) * _QMM_THREADS, -(-B * M // _QMM_BM), 1),
         threadgroup=(_QMM_THREADS, 1, 1),
         output_shapes=[(B * M, N)],
         output_dtypes=[x.dtype],
@@ -238,22 +238,18 @@ def _qmv_threads(N: int, M: int) -> int:
     return -(-N // outputs) * _QMV_THREADS
 
 
-def _qmm_template(function: str, type_name: str, x: mx.array, rows: int, blocks: mx.array) -> tuple[str, list]:
+def _qmm_template(function: str, type_name: str, x: mx.array, blocks: mx.array) -> tuple[str, list]:
     f = block_format(type_name)
-    width = _piece(blocks.shape[-1], _QMM_SPAN // f.block_size * f.type_size)
-    BM = _tile_rows(rows)
-    name = kernel_name(f"{function}_{type_name.lower()}", x.dtype, bm=BM, w=width)
-    return name, [("T", x.dtype), ("BM", BM), ("WIDTH", width)]
+    span, row_bytes = _QMM_SPAN // f.block_size * f.type_size, blocks.shape[-1]
+    # Pieces of four bytes may begin before a span, within its row; wider ones would load too much twice.
+    width = max(_piece(row_bytes, span), min(_piece(row_bytes), 4))
+    name = kernel_name(f"{function}_{type_name.lower()}", x.dtype, w=width)
+    return name, [("T", x.dtype), ("WIDTH", width)]
 
 
 def _qmm_source(function: str, type_name: str, arguments: str) -> str:
-    room = f"threadgroup uint4 room[ggml_qmm_room<{type_name}, BM>()];"
-    return f"{room}\n{function}<T, {type_name}, BM, WIDTH>({arguments});"
-
-
-def _tile_rows(rows: int) -> int:
-    """Rows of x of a threadgroup of `ggml_qmm`."""
-    return 32 if rows <= 32 else 64
+    room = f"threadgroup uint4 room[ggml_qmm_room<{type_name}>()];"
+    return f"{room}\n{function}<T, {type_name}, WIDTH>({arguments});"
 
 
 def _piece(*sizes: int) -> int:

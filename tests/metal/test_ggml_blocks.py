@@ -86,6 +86,27 @@ def test_lane_orders(metal, M, order) -> None:
         _check_matmul("Q6_K", M, 13, 768, "F32")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METAL_TYPES)
+def test_every_number_of_rows(metal, name) -> None:
+    """Every kernel for a number of rows, with dtypes, shapes and lane orders in turn."""
+    size = block_format(name).block_size
+    shapes = [(1, size), (5, 3 * size), (37, 1024 + 3 * size), (9, 2048)]
+    for M in (*range(1, 18), 33, 65):
+        N, K = shapes[M % 4]
+        with metal.options(order=("forward", "reverse", "random")[M // 4 % 3]):
+            _check_matmul(name, M, N, K, DTYPES[M % 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", METAL_TYPES)
+def test_long_rows(metal, name, dtype) -> None:
+    with metal.options(mode="fast"):
+        for M in (1, 2, 33):
+            _check_matmul(name, M, 70, 4096, dtype)
+
+
 def test_rows_of_another_array_are_aligned_for_their_loads(metal) -> None:
     blocks = random_blocks("Q6_K", (9, 256))
     x = _x(1, 256)
