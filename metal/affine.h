@@ -25,20 +25,23 @@ MLXQ_FUNC uint affine_code(const thread uint* w, int i) {
   return at + bits == 32 ? w[word] >> at : (w[word] >> at) & mask;
 }
 
-/// Code `i` of a run as float; bytes are converted as bytes, without a mask.
+/// Code `i` of a run as float. Of codes that do not straddle bytes, the same ones of all four bytes of a word are masked
+/// together, and converted as bytes.
 template <int bits>
 MLXQ_FUNC float affine_float(const thread uint* w, int i) {
-  if constexpr (bits == 8) {
-    return float(uchar(w[i / 4] >> (i % 4 * 8)));
+  if constexpr (8 % bits == 0) {
+    constexpr uint mask = ((1u << bits) - 1u) * 0x01010101u;
+    const uint of_bytes = (w[i * bits / 32] >> (i * bits % 8)) & mask;
+    return float(uchar(of_bytes >> (i * bits % 32 / 8 * 8)));
   } else {
     return float(affine_code<bits>(w, i));
   }
 }
 
-/// Whether `affine_masked` leaves code `i` where it lies in its word, multiplied by 2^at.
+/// Whether `affine_masked` leaves code `i` where it lies in its word, multiplied by 2^at: 3, 5 and 6 bits.
 template <int bits>
 MLXQ_FUNC constexpr bool affine_in_place(int i) {
-  return bits < 8 && i * bits % 32 + bits < 32;
+  return 8 % bits != 0 && i * bits % 32 + bits < 32;
 }
 
 /// 2^-at for a code that `affine_masked` leaves in place, else 1.

@@ -59,20 +59,25 @@ struct QmmRows {
 /// [row][column within the run][slot]; zeros for other rows and where x ends.
 template <typename X, int K, int run>
 MLXQ_FUNC void affine_qmm_load_x(const device X* x, QmmRows rows, int first, threadgroup X* tile, uint thread_index) {
-  constexpr int depth = QMM_DEPTH / 8;
-  constexpr int quads = QMM_TILE_M * QMM_DEPTH / 4;
+  // A SIMD-group copies a row in quads of columns: 4 of a run, of 8 runs.
+  static_assert(QMM_DEPTH == 4 * SIMD_LANES, "a quad for each lane");
+  const int lane = int(thread_index) % SIMD_LANES;
+  const int first_row = int(thread_index) / SIMD_LANES;
+  const int column = lane % 4 * 4;
+  const int slot = lane / 4;
+  const int k = first + run * slot + column;
+  const bool inside = K % (8 * run) == 0 || k < K;
+  const int begin = rows.begin - first_row;
+  const int end = rows.end - first_row;
+  x += size_t(first_row) * K + k;
+  tile += first_row * QMM_STRIDE + column * 8 + slot;
   MLXQ_UNROLL
-  for (int i = 0; i < quads / (QMM_SIMD_GROUPS * SIMD_LANES); i++) {
-    const int quad = i * QMM_SIMD_GROUPS * SIMD_LANES + int(thread_index);
-    const int column = quad % (depth / 4) * 4;
-    const int slot = quad / (depth / 4) % 8;
-    const int row = quad / (depth / 4) / 8;
-    const int k = first + run * slot + column;
+  for (int i = 0; i < QMM_TILE_M; i += QMM_SIMD_GROUPS) {
     vec<X, 4> v = vec<X, 4>(X(0));
-    if (row >= rows.begin && row < rows.end && (K % (8 * run) == 0 || k < K)) {
-      v = *(const device vec<X, 4>*)(x + size_t(row) * K + k);
+    if (inside && (rows.begin == 0 || i >= begin) && i < end) {
+      v = *(const device vec<X, 4>*)(x + size_t(i) * K);
     }
-    threadgroup X* out = tile + row * QMM_STRIDE + column * 8 + slot;
+    threadgroup X* out = tile + i * QMM_STRIDE;
     out[0] = v.x;
     out[8] = v.y;
     out[16] = v.z;
@@ -104,11 +109,19 @@ MLXQ_FUNC void affine_qmm_t_tile(
   const int slot = fragment_row(lane);
   const int column = fragment_column(lane);
 
-  size_t rows[n_fragments][2];
+  // The lane's run of two rows a fragment, and their grids; past the last row, that row again.
+  const device uint* from[n_fragments][2];
+  const device S* scales_from[n_fragments][2];
+  const device S* biases_from[n_fragments][2];
   MLXQ_UNROLL
   for (int n = 0; n < n_fragments; n++) {
-    rows[n][0] = size_t(min(first_n + n * 8 + column, N - 1));
-    rows[n][1] = size_t(min(first_n + n * 8 + column + 1, N - 1));
+    MLXQ_UNROLL
+    for (int e = 0; e < 2; e++) {
+      const size_t row = size_t(min(first_n + n * 8 + column + e, N - 1));
+      from[n][e] = w + row * (K * bits / 32) + slot * run * bits / 32;
+      scales_from[n][e] = scales + row * (K / group_size) + slot * run / group_size;
+      biases_from[n][e] = biases + row * (K / group_size) + slot * run / group_size;
+    }
   }
   simdgroup_matrix<float, 8, 8> sums[m_fragments][n_fragments];
   MLXQ_UNROLL
@@ -130,7 +143,8 @@ MLXQ_FUNC void affine_qmm_t_tile(
       for (int n = 0; n < n_fragments; n++) {
         MLXQ_UNROLL
         for (int e = 0; e < 2; e++) {
-          load_words<n_words>(w + rows[n][e] * (K * bits / 32) + k * bits / 32, codes[n][e]);
+          load_words<n_words>(from[n][e], codes[n][e]);
+          from[n][e] += 8 * run * bits / 32;
         }
       }
     }
@@ -143,20 +157,19 @@ MLXQ_FUNC void affine_qmm_t_tile(
         for (int n = 0; n < n_fragments; n++) {
           MLXQ_UNROLL
           for (int e = 0; e < 2; e++) {
-            const size_t group = rows[n][e] * (K / group_size) + (k + start) / group_size;
-            scale[n][e] = float(scales[group]);
-            bias[n][e] = float(biases[group]);
+            scale[n][e] = float(scales_from[n][e][(block + start) / group_size]);
+            bias[n][e] = float(biases_from[n][e][(block + start) / group_size]);
           }
         }
       }
-      const threadgroup X* from = tile + slot * QMM_STRIDE + column;
+      const threadgroup X* x_from = tile + slot * QMM_STRIDE + column;
       for (int f = 0; f < depth; f += 8) {
         MLXQ_UNROLL
         for (int j = 0; j < 8; j++) {
           simdgroup_matrix<float, 8, 8> a[m_fragments];
           MLXQ_UNROLL
           for (int m = 0; m < m_fragments; m++) {
-            const vec<X, 2> v = *(const threadgroup vec<X, 2>*)(from + m * 8 * QMM_STRIDE + j * 8);
+            const vec<X, 2> v = *(const threadgroup vec<X, 2>*)(x_from + m * 8 * QMM_STRIDE + j * 8);
             a[m].thread_elements()[0] = float(v.x);
             a[m].thread_elements()[1] = float(v.y);
           }
@@ -171,7 +184,7 @@ MLXQ_FUNC void affine_qmm_t_tile(
             }
           }
         }
-        from += 64;
+        x_from += 64;
         MLXQ_UNROLL
         for (int n = 0; n < n_fragments; n++) {
           affine_drop8<bits, n_words>(codes[n][0]);
