@@ -49,6 +49,21 @@ def test_experts_have_an_importance_each(name):
         np.testing.assert_array_equal(blocks[expert], quantize(w[expert], name, values[expert]))
 
 
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("name", SEARCHED)
+def test_any_part_of_the_rows_gives_the_same_bytes_and_changes_no_weight(name, given):
+    """Rows of one block too, alone or left over behind 2^18 weights."""
+    block_size = block_format(name).block_size
+    n = (1 << 18) // block_size + 1
+    w = np.random.default_rng(3).standard_normal((n, block_size)).astype(np.float32)
+    values = importance()[:block_size] if given else None
+    before = w.copy()
+    blocks = quantize(w, name, values)
+    for rows in (*(slice(i, i + 1) for i in range(60)), slice(n - 1, n), slice(60, 62), slice(0, n - 1)):
+        np.testing.assert_array_equal(quantize(w[rows], name, values), blocks[rows])
+    np.testing.assert_array_equal(w, before)
+
+
 @pytest.mark.parametrize("name", SEARCHED)
 def test_only_ratios_of_importance_matter(name):
     w, values = weights(8), importance()

@@ -119,7 +119,11 @@ def _encode(rows: np.ndarray, name: str, importance: np.ndarray | None, backend:
         from mlxq.quantizers.ggml import symmetric as encoder
     else:
         from mlxq.quantizers.ggml import iq4 as encoder
-    return encoder.quantize(rows, name, importance, choose(Call("encode", _device()), backend))
+    backend = choose(Call("encode", _device()), backend)
+    if rows.size == block_format(name).block_size:
+        # NumPy adds the weights of a single block in another order than among others: its bytes would differ.
+        return encoder.quantize(np.concatenate([rows, rows]), name, importance, backend)[:1]
+    return encoder.quantize(rows, name, importance, backend)
 
 
 def _device() -> str:

@@ -70,7 +70,8 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
 
 def _reference(x: np.ndarray, name: str, blocks: np.ndarray) -> None:
     """Encode groups `[n, 32]` by ggml's reference rule into blocks `[n, type_size]`."""
-    x = np.ascontiguousarray(x.T)
+    # A copy even of a single group, whose transpose is contiguous as it is: the caller's weights stay.
+    x = np.array(x.T, order="C")
     high, low = x.max(axis=0), x.min(axis=0)
     if name == "Q8_0":
         d = np.maximum(np.abs(high), np.abs(low)) / np.float32(127)

@@ -136,7 +136,9 @@ def numpy_tiles(
     """
     N, K = w.shape
     per_row = K // (group * n_groups)
-    rows = min(max(NUMPY_TILE // max(K, 1), 1), max(N, 1))
+    # Tiles of one size, so that none is left with a single block, whose sums NumPy adds up in another order.
+    n_tiles = -(-N // max(NUMPY_TILE // max(K, 1), 1))
+    rows = max(-(-N // max(n_tiles, 1)), 1)
     full = (group, n_groups, rows * per_row)
     x, q = np.empty(full, np.float32), np.empty(full, np.float32)
     weights, wx = None, x
