@@ -257,7 +257,7 @@ def test_disk_full_in_the_middle(tmp_path, source):
     message = process.communicate(timeout=60)[1]
     assert process.returncode == 1
     assert message.count("\n") == 1
-    assert "disk is full" in message
+    assert f"{tmp_path / 'out'}: the disk is full" in message
     assert left(tmp_path) == []
 
 

@@ -88,7 +88,7 @@ def to_gguf(
         target = GgufTarget(parameters, plan, names, metadata, rope, importance, stage.path.name)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage:
-            digests = weights.write(stage.stage)
+            digests = stage.fill(weights.write)
             notes = [*target.notes(), *metadata_notes(checkpoint)]
             if request.exact:
                 _refuse_changed(target.errors.relative_rmse, names)

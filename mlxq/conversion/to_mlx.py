@@ -54,7 +54,7 @@ def to_mlx(
             for name, content in companions.items():
                 stage.write(name, content)
             stage.write("config.json", mlx_writer.config_json(checkpoint.config, plan.tensors, plan.dtype))
-            digests = weights.write(stage.stage)
+            digests = stage.fill(weights.write)
             notes = target.notes()
             verification = job.prove(parameters, stage.stage, plan)
             files = digests.written | {name: sha256(stage.stage / name) for name in ("config.json", *companions)}

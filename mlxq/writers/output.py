@@ -6,13 +6,17 @@ import contextlib
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from mlxq.checkpoint.huggingface import COMPANIONS
 from mlxq.errors import CheckpointError, OutputError
 from mlxq.writers.files import remove_tree, sync, writing
 from mlxq.writers.manifest import NAME as MANIFEST
 from mlxq.writers.recovery import Siblings, recover
+
+T = TypeVar("T")
 
 #: Directories inside a model that hold files of the tokenizer.
 _KNOWN_DIRECTORIES = {pattern.split("/")[0] for pattern in COMPANIONS if "/" in pattern}
@@ -85,6 +89,13 @@ class OutputDirectory:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "xb") as f:
                 f.write(data)
+
+    def fill(self, write: Callable[[Path], T]) -> T:
+        """What `write` makes of the stage; errors about it name the place that it stands for."""
+        try:
+            return write(self.stage)
+        except OutputError as e:
+            raise OutputError(str(e).replace(str(self.stage), str(self.path))) from e
 
     def commit(self) -> None:
         """Sync everything and move the stage to its place; an old directory is replaced only now.
