@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from metal_on_cpu.tokens import MslError
 #: The real function: tests put the checker's in its place.
 MX_METAL_KERNEL = mx.fast.metal_kernel
 
+#: The process has one standard output: one thread at a time may borrow it.
+_PRINTING = threading.Lock()
 _TYPE_NAMES = {
     **{
         "float32": "float",
@@ -123,7 +126,7 @@ def mlx_source(
 def _printed(trace) -> str:
     """What `trace(folder)` writes to the process's standard output, mlx's C++ included."""
     sys.stdout.flush()
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryDirectory() as folder:
+    with _PRINTING, tempfile.TemporaryFile() as out, tempfile.TemporaryDirectory() as folder:
         keep = os.dup(1)
         os.dup2(out.fileno(), 1)
         try:
