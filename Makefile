@@ -29,7 +29,7 @@ clang:
 	@if [ "$$(uname)" = Linux ] && command -v apt-get >/dev/null \
 	    && ! { command -v clang++-19 && command -v llvm-symbolizer-19; } >/dev/null; then \
 	  [ "$$(id -u)" = 0 ] && sudo= || sudo='sudo -n'; \
-	  { $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends clang-19 llvm-19 >/dev/null; } \
+	  { $$sudo apt-get update -qq; $$sudo apt-get install -y -qq --no-install-recommends clang-19 llvm-19 >/dev/null; } \
 	    || echo 'clang-19 and llvm-19 could not be installed: Metal kernels are not checked'; \
 	fi
 
