@@ -17,11 +17,14 @@ class Metal:
     Attributes:
         real: Apple's Metal runs them, nothing is checked and no report is made.
         launches: kernel name and report of each launch so far.
+        errors: what the checker raised so far. A test with errors fails, whoever caught them; one that seeks them
+            empties the list.
     """
 
     def __init__(self, real: bool) -> None:
         self.real = real
         self.launches: list[tuple[str, metal_on_cpu.Report]] = []
+        self.errors: list[metal_on_cpu.MslError] = []
 
     @property
     def report(self) -> metal_on_cpu.Report:
@@ -45,7 +48,7 @@ def checker() -> None:
 
 @pytest.fixture
 def metal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
-    """`mx.fast.metal_kernel` works: off a Mac it is the checker's, and a finding of the checker raises `MslError`.
+    """`mx.fast.metal_kernel` works: off a Mac it is the checker's, and its findings fail the test.
 
     Off a Mac the checker's runs each kernel as its call is made: such a call cannot be inside `mx.compile`.
     """
@@ -56,5 +59,7 @@ def metal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     runs = Metal(real=False)
     monkeypatch.setattr(mx.fast, "metal_kernel", metal_on_cpu.metal_kernel)
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    with metal_on_cpu.options(record=runs.launches):
+    with metal_on_cpu.options(record=runs.launches, errors=runs.errors):
         yield runs
+    if runs.errors:
+        pytest.fail(f"the checker found: {runs.errors[0]}")

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import mlx.core as mx
 import pytest
 from metal_on_cpu import MslError
@@ -41,3 +46,27 @@ def test_finding_raises_with_its_line(metal) -> None:
         pytest.skip("the real Metal checks nothing")
     with pytest.raises(MslError, match=r"double: read out of bounds at double\.source:2:11: 4 B at byte 256 of x"):
         _call(_double("uint i = thread_position_in_grid.x;\n   y[i] = x[i + 1];\n"), mx.ones(64))
+    assert len(metal.errors) == 1
+    metal.errors.clear()
+
+
+def test_finding_that_the_code_under_test_swallowed_fails_the_test(tmp_path: Path, metal) -> None:
+    if metal.real:
+        pytest.skip("the real Metal checks nothing")
+    here = Path(__file__).parent
+    (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
+    (tmp_path / "test_swallows.py").write_text(
+        "import mlx.core as mx\n"
+        "def test_swallows(metal):\n"
+        "    kernel = mx.fast.metal_kernel(name='k', input_names=['x'], output_names=['y'], source='y[0] = x[9];')\n"
+        "    shape = dict(output_shapes=[(1,)], output_dtypes=[mx.float32])\n"
+        "    try:\n"
+        "        kernel(inputs=[mx.ones(8)], grid=(1, 1, 1), threadgroup=(1, 1, 1), **shape)\n"
+        "    except Exception:\n"
+        "        pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(here.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    assert "the checker found: k: read out of bounds at k.source:1" in done.stdout

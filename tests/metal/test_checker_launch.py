@@ -5,8 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from metal_on_cpu import MslError, Options, metal_kernel, run_msl
-from metal_on_cpu.launch import options
+from metal_on_cpu import MslError, Options, metal_kernel, options, run_msl
 
 pytestmark = pytest.mark.usefixtures("checker")
 
@@ -197,3 +196,14 @@ def test_denormals_are_flushed_on_demand() -> None:
     call |= {"output_shapes": [(64,)], "output_dtypes": [mx.float32]}
     assert np.array(kernel(**call)[0]).all()
     assert not np.array(kernel(**call, flush_denormals=True)[0]).any()
+
+
+def test_dry_calls_compile_and_run_nothing() -> None:
+    record: list = []
+    with options(dry=True, record=record):
+        assert mx.array_equal(_one("y[i] = x[i + 1];", mx.ones(64)), mx.zeros(64))
+        with pytest.raises(MslError, match="no member named 'q'"):
+            _one("y[i] = float4(x[i]).q;", mx.ones(64))
+        with pytest.raises(MslError, match="Metal has no double"):
+            _one("y[i] = float(double(x[i]));", mx.ones(64))
+    assert not record

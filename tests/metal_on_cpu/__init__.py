@@ -10,7 +10,8 @@ memory; rejected is what Apple's compiler would not take, as far as the language
 and only a Mac shows what Apple's compiler accepts. It needs clang 19 and Linux: `unavailable()` says what is missing.
 """
 
-from metal_on_cpu.launch import Options, metal_kernel, options, run_msl
+from metal_on_cpu.launch import metal_kernel, run_msl
+from metal_on_cpu.options import Options, options
 from metal_on_cpu.report import Finding, Report
 from metal_on_cpu.tokens import MslError
 from metal_on_cpu.toolchain import MLX_INCLUDE, unavailable

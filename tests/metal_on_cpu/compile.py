@@ -51,7 +51,7 @@ _PRELUDE = '#include <metal_stdlib>\n#include "mlx/backend/metal/kernels/utils.h
 class Build:
     """How to compile: the mode (see `MODES`), optimization, contraction of a*b+c, and how `simd_sum` adds lanes.
 
-    The lint is of mode `check` only.
+    The lint is of mode `check` only. `dry` stops where code would be made.
     """
 
     mode: str = "check"
@@ -59,6 +59,7 @@ class Build:
     contract: str = "off"
     simd_order: int = 0
     lint: bool = True
+    dry: bool = False
     function_constants: tuple[tuple[int, int], ...] = ()
     extra: tuple[str, ...] = field(default=())
 
@@ -97,15 +98,26 @@ def _make(out: Path, text: str, entry: str, build: Build, user_files: tuple[str,
         source = Path(scratch) / "kernel.cl"
         source.write_text(defines + code + entry)
         command = [toolchain.CLANG, *language, *flags, *_included(before, [*language, *flags])]
+        if build.dry:
+            _check(source, command, user_files if build.lint else ())
+            return
         linted = pool.submit(_lint, source, command, user_files) if build.lint and build.mode == "check" else None
         try:
             _object(source, command, out, build.mode == "count")
         finally:
-            if linted:
-                faults = linted.result()
-        if linted and faults:
-            raise MslError("\n".join(f"{file}:{line}: error: {message}" for file, line, message in faults))
+            faults = linted.result() if linted else []
+        _raise(faults)
         toolchain.run([toolchain.CLANG, "-shared", "-o", out / "kernel.so", source.with_suffix(".o"), "-lm"])
+
+
+def _check(source: Path, command: list[str | Path], user_files: tuple[str, ...]) -> None:
+    toolchain.run([*command, "-fsyntax-only", source])
+    _raise(_lint(source, command, user_files))
+
+
+def _raise(faults: list[Fault]) -> None:
+    if faults:
+        raise MslError("\n".join(f"{file}:{line}: error: {message}" for file, line, message in faults))
 
 
 def _preprocessed(scratch: Path, text: str, language: list[str], first_file: str) -> tuple[str, str]:

@@ -39,7 +39,7 @@ def unavailable() -> str | None:
         return f"the checker of Metal kernels runs on Linux (x86-64, aarch64), not on {platform.platform()}"
     missing = [tool for tool in (CLANG, SYMBOLIZER) if not shutil.which(tool)]
     if missing:
-        return f"{' and '.join(missing)} not found: install Debian's clang-19 and llvm-19, or their equals"
+        return f"{' and '.join(missing)} not found: install clang-19 and llvm-19"
     return None
 
 
