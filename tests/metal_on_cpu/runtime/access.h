@@ -102,7 +102,14 @@ static void check_races(const Touch& t) {
 }
 
 static void mark(std::vector<uint8_t>& bits, uint64_t offset, uint32_t size) {
-  for (uint64_t i = offset; i < offset + size; i++) bits[i >> 3] |= 1 << (i & 7);
+  uint64_t i = offset, end = offset + size;
+  if (!(i & 7))
+    for (; i + 8 <= end; i += 8) bits[i >> 3] = 255;
+  if ((i & 7) + (end - i) <= 8) {
+    bits[i >> 3] |= ((1u << (end - i)) - 1) << (i & 7);
+  } else {
+    for (; i < end; i++) bits[i >> 3] |= 1 << (i & 7);
+  }
 }
 
 static bool is_marked(const std::vector<uint8_t>& bits, uint64_t offset, uint32_t size) {
@@ -116,7 +123,7 @@ static void outside_every_region(uint64_t a, uint32_t size, bool write, uint64_t
     if (write) finding(READ_ONLY_WRITE, pc, 0, PROGRAM_REGION, a - module_base, size);
     return;
   }
-  if (a >= (uint64_t)__ehdr_start && a < (uint64_t)_end) return;  // payloads that another lane published
+  if (a >= (uint64_t)__ehdr_start && a < (uint64_t)_end) return;  // the payload of a lane that gave none
   if (a - (uint64_t)stacks[0] < (uint64_t)(stacks.back() + STACK - stacks[0])) {
     finding(OTHER_STACK, pc, 0, NO_REGION, 0, size);
     return;
@@ -184,7 +191,7 @@ static void count_access(Region& r, const Touch& t) {
 static __attribute__((noinline)) void on_access(uint64_t a, uint32_t size, bool write, bool atomic, uint64_t pc,
                                                 uint32_t alignment, uint32_t place = 0, uint32_t width = 0) {
   Lane* l = current;
-  if (!l) return;
+  if (!l || a - (uint64_t)payload_slots < sizeof payload_slots) return;  // what another lane published
   last_pc = pc;
   stop_if_expired(pc);
   settle_pending_write();

@@ -104,7 +104,8 @@ uint32_t __msl_atomic32(uint32_t op, void* p, uint32_t v, uint32_t expected) {
 HOOKS(1)
 HOOKS(2)
 HOOKS(4)
-HOOKS(8) HOOKS(16)
+HOOKS(8)
+HOOKS(16)
 
     // Mode `count` (counting.py): the same with the place in the source and the width that the text asks for there.
     void __msl_access(void* a, uint32_t what, uint32_t place, uint32_t width) {
