@@ -22,6 +22,53 @@ MLXQ_FUNC int fragment_column(uint lane) {
   return int(((lane >> 1) & 4) | ((lane & 1) << 1));
 }
 
+/// Accumulators of `rows` x `columns` fragments. With `chained` the sums of QMM_CHAIN terms are added to totals, which
+/// keeps the error of a long float32 sum near that of a short one; other results round away more than that error.
+template <int rows, int columns, bool chained>
+struct Fragments {
+  simdgroup_matrix<float, 8, 8> part[rows][columns];
+  float total[chained ? rows : 1][chained ? columns : 1][2];
+
+  void clear() thread {
+    MLXQ_UNROLL
+    for (int m = 0; m < rows; m++) {
+      MLXQ_UNROLL
+      for (int n = 0; n < columns; n++) {
+        part[m][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        if constexpr (chained) {
+          total[m][n][0] = 0.0f;
+          total[m][n][1] = 0.0f;
+        }
+      }
+    }
+  }
+
+  void fold() thread {
+    if constexpr (chained) {
+      MLXQ_UNROLL
+      for (int m = 0; m < rows; m++) {
+        MLXQ_UNROLL
+        for (int n = 0; n < columns; n++) {
+          total[m][n][0] += part[m][n].thread_elements()[0];
+          total[m][n][1] += part[m][n].thread_elements()[1];
+          part[m][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
+        }
+      }
+    }
+  }
+
+  float at(int m, int n, int element) thread {
+    if constexpr (chained) {
+      return total[m][n][element];
+    } else {
+      return part[m][n].thread_elements()[element];
+    }
+  }
+};
+
+/// Terms of a float32 sum in one chain.
+constant constexpr int QMM_CHAIN = 256;
+
 /// Removes the first eight codes of a run.
 template <int bits, int n_words>
 MLXQ_FUNC void affine_drop8(thread uint* w) {
@@ -57,7 +104,7 @@ struct QmmRows {
 
 /// Copies columns `first + run * slot + (0 ... QMM_DEPTH / 8 - 1)` of a tile of x, slot 0 ... 7, to threadgroup memory as
 /// [row][column within the run][slot]; zeros for other rows and where x ends.
-template <typename X, int K, int run>
+template <typename X, int K, int run, bool all_rows>
 MLXQ_FUNC void affine_qmm_load_x(const device X* x, QmmRows rows, int first, threadgroup X* tile, uint thread_index) {
   // A SIMD-group copies a row in quads of columns: 4 of a run, of 8 runs.
   static_assert(QMM_DEPTH == 4 * SIMD_LANES, "a quad for each lane");
@@ -74,7 +121,7 @@ MLXQ_FUNC void affine_qmm_load_x(const device X* x, QmmRows rows, int first, thr
   MLXQ_UNROLL
   for (int i = 0; i < QMM_TILE_M; i += QMM_SIMD_GROUPS) {
     vec<X, 4> v = vec<X, 4>(X(0));
-    if (inside && (rows.begin == 0 || i >= begin) && i < end) {
+    if (inside && (all_rows || (i >= begin && i < end))) {
       v = *(const device vec<X, 4>*)(x + size_t(i) * K);
     }
     threadgroup X* out = tile + i * QMM_STRIDE;
@@ -123,15 +170,10 @@ MLXQ_FUNC void affine_qmm_t_tile(
       biases_from[n][e] = biases + row * (K / group_size) + slot * run / group_size;
     }
   }
-  simdgroup_matrix<float, 8, 8> sums[m_fragments][n_fragments];
-  MLXQ_UNROLL
-  for (int m = 0; m < m_fragments; m++) {
-    MLXQ_UNROLL
-    for (int n = 0; n < n_fragments; n++) {
-      sums[m][n] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    }
-  }
+  Fragments<m_fragments, n_fragments, sizeof(Y) == 4 && (K > QMM_CHAIN)> sums;
+  sums.clear();
 
+  const bool all_rows = computed.begin == 0 && computed.end == QMM_TILE_M;
   for (int block = 0; block < K; block += 8 * run) {
     const int k = block + slot * run;
     const bool inside = K % (8 * run) == 0 || k < K;
@@ -150,7 +192,11 @@ MLXQ_FUNC void affine_qmm_t_tile(
     }
     for (int start = 0; start < run; start += depth) {
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      affine_qmm_load_x<X, K, run>(x, computed, block + start, tile, simd_group * SIMD_LANES + lane);
+      if (all_rows) {
+        affine_qmm_load_x<X, K, run, true>(x, computed, block + start, tile, simd_group * SIMD_LANES + lane);
+      } else {
+        affine_qmm_load_x<X, K, run, false>(x, computed, block + start, tile, simd_group * SIMD_LANES + lane);
+      }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (inside && (group_size < run || start == 0)) {
         MLXQ_UNROLL
@@ -180,7 +226,7 @@ MLXQ_FUNC void affine_qmm_t_tile(
             b.thread_elements()[1] = fma(scale[n][1], affine_float<bits>(codes[n][1], j), bias[n][1]);
             MLXQ_UNROLL
             for (int m = 0; m < m_fragments; m++) {
-              simdgroup_multiply_accumulate(sums[m][n], a[m], b, sums[m][n]);
+              simdgroup_multiply_accumulate(sums.part[m][n], a[m], b, sums.part[m][n]);
             }
           }
         }
@@ -192,7 +238,11 @@ MLXQ_FUNC void affine_qmm_t_tile(
         }
       }
     }
+    if (8 * run == QMM_CHAIN || (block + 8 * run) % QMM_CHAIN == 0) {
+      sums.fold();
+    }
   }
+  sums.fold();
 
   MLXQ_UNROLL
   for (int m = 0; m < m_fragments; m++) {
@@ -203,10 +253,10 @@ MLXQ_FUNC void affine_qmm_t_tile(
       const int out = first_n + n * 8 + column;
       device Y* to = y + size_t(row) * N + out;
       if (wanted && out < N) {
-        to[0] = Y(sums[m][n].thread_elements()[0]);
+        to[0] = Y(sums.at(m, n, 0));
       }
       if (wanted && out + 1 < N) {
-        to[1] = Y(sums[m][n].thread_elements()[1]);
+        to[1] = Y(sums.at(m, n, 1));
       }
     }
   }
@@ -232,7 +282,11 @@ MLXQ_FUNC void affine_qmm_t(
 }
 
 constant constexpr int QMM_N_RUN = 16;
-constant constexpr int QMM_N_TILE_M = 32;
+/// Rows of a tile of y: half as many where totals share the registers.
+template <typename Y>
+constexpr int affine_qmm_n_rows() {
+  return sizeof(Y) == 4 ? 16 : 32;
+}
 constant constexpr int QMM_N_TILE_K = 4 * QMM_SIMD_GROUPS * QMM_N_RUN;
 constant constexpr int QMM_N_DEPTH = 64;
 constant constexpr int QMM_N_STRIDE = QMM_N_DEPTH + 8;
@@ -267,27 +321,22 @@ MLXQ_FUNC void affine_qmm_n(
     uint3 at,
     uint simd_group,
     uint lane) {
-  constexpr int m_fragments = QMM_N_TILE_M / 8;
+  constexpr int tile_rows = affine_qmm_n_rows<Y>();
+  constexpr int m_fragments = tile_rows / 8;
   constexpr int k_fragments = QMM_N_RUN / 2;
-  const int first_m = int(at.y) * QMM_N_TILE_M;
+  const int first_m = int(at.y) * tile_rows;
   const int row = fragment_row(lane);
   const int column = fragment_column(lane);
   const int k = int(at.x) * QMM_N_TILE_K + (int(simd_group) * 4 + column / 2) * QMM_N_RUN;
   const bool inside = K % QMM_N_TILE_K == 0 || k < K;
 
-  simdgroup_matrix<float, 8, 8> sums[m_fragments][k_fragments];
-  MLXQ_UNROLL
-  for (int m = 0; m < m_fragments; m++) {
-    MLXQ_UNROLL
-    for (int f = 0; f < k_fragments; f++) {
-      sums[m][f] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
-    }
-  }
+  Fragments<m_fragments, k_fragments, sizeof(Y) == 4 && (N > QMM_CHAIN)> sums;
+  sums.clear();
   for (int start = 0; start < N; start += QMM_N_DEPTH) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const int thread_index = int(simd_group * SIMD_LANES + lane);
     MLXQ_UNROLL
-    for (int i = 0; i < QMM_N_TILE_M * QMM_N_DEPTH / (QMM_SIMD_GROUPS * SIMD_LANES); i++) {
+    for (int i = 0; i < tile_rows * QMM_N_DEPTH / (QMM_SIMD_GROUPS * SIMD_LANES); i++) {
       const int element = i * QMM_SIMD_GROUPS * SIMD_LANES + thread_index;
       const int m = element / QMM_N_DEPTH;
       const int n = element % QMM_N_DEPTH;
@@ -324,11 +373,15 @@ MLXQ_FUNC void affine_qmm_n(
         b.thread_elements()[1] = fma(scale, affine_float<bits>(codes, 2 * f + 1), bias);
         MLXQ_UNROLL
         for (int m = 0; m < m_fragments; m++) {
-          simdgroup_multiply_accumulate(sums[m][f], a[m], b, sums[m][f]);
+          simdgroup_multiply_accumulate(sums.part[m][f], a[m], b, sums.part[m][f]);
         }
       }
     }
+    if ((start + QMM_N_DEPTH) % QMM_CHAIN == 0) {
+      sums.fold();
+    }
   }
+  sums.fold();
   MLXQ_UNROLL
   for (int m = 0; m < m_fragments; m++) {
     const int out = first_m + m * 8 + row;
@@ -336,8 +389,8 @@ MLXQ_FUNC void affine_qmm_n(
       MLXQ_UNROLL
       for (int f = 0; f < k_fragments; f++) {
         device Y* to = y + size_t(out) * K + k + 2 * f;
-        to[0] = Y(sums[m][f].thread_elements()[0]);
-        to[1] = Y(sums[m][f].thread_elements()[1]);
+        to[0] = Y(sums.at(m, f, 0));
+        to[1] = Y(sums.at(m, f, 1));
       }
     }
   }

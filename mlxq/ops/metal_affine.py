@@ -30,7 +30,7 @@ _QMM_N_TILE = (32, 256)
 _PACKED = ("w_q", "scales", "biases")
 _POSITION = "threadgroup_position_in_grid"
 _LANE = "simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
-_TILES = {"t": "QMM_TILE_M * QMM_STRIDE", "n": "QMM_N_TILE_M * QMM_N_STRIDE"}
+_TILES = {"t": "QMM_TILE_M * QMM_STRIDE", "n": "affine_qmm_n_rows<Y>() * QMM_N_STRIDE"}
 _HEADERS = {
     "affine_qmv": "affine_qmv",
     "affine_qmv_rows": "affine_qmv",
@@ -57,10 +57,11 @@ class Weights(NamedTuple):
     group_size: int
 
 
-def choose_product(M: int, transpose: bool) -> Product:
+def choose_product(M: int, transpose: bool, dtype: mx.Dtype) -> Product:
     """The kernel for M rows of x; what a threadgroup covers is laid down in `metal/affine_qmv.h`, `affine_qmm.h`."""
     if not transpose:
-        return Product("affine_qmm_n", *_QMM_N_TILE, _QMM_SIMD_GROUPS * SIMD)
+        rows, columns = _QMM_N_TILE
+        return Product("affine_qmm_n", rows // 2 if dtype == mx.float32 else rows, columns, _QMM_SIMD_GROUPS * SIMD)
     if M <= MAX_VECTOR_ROWS:
         rows = 4 if M <= 8 else 2
         function = "affine_qmv" if M == 1 else "affine_qmv_rows"
@@ -69,10 +70,13 @@ def choose_product(M: int, transpose: bool) -> Product:
 
 
 def launch_product(x: mx.array, packed: Packed, weights: Weights, transpose: bool, dtype: mx.Dtype) -> mx.array:
+    rows = x.shape[0]
+    # A kernel of tiles takes M from x: of a tiny x it computes rows of zeros too.
+    x = at_device(x)
     M = x.shape[0]
-    how = choose_product(M, transpose)
+    how = choose_product(M, transpose, dtype)
     columns = weights.N if transpose else weights.K
-    return _launch(
+    y = _launch(
         how.function,
         weights,
         dict(zip(_PACKED, map(at_device, packed), strict=True), x=x),
@@ -83,6 +87,7 @@ def launch_product(x: mx.array, packed: Packed, weights: Weights, transpose: boo
         (M, columns),
         dtype,
     )
+    return y if rows == M else y[:rows]
 
 
 def launch_gather(
@@ -95,10 +100,10 @@ def launch_gather(
     dtype: mx.Dtype,
 ) -> mx.array:
     n_experts, M = packed[0].shape[0], x.shape[-2]
-    how = choose_product(M, transpose)
+    how = choose_product(M, transpose, dtype)
     columns = weights.N if transpose else weights.K
     blocks = blocks_of(columns, how.tile_columns)
-    arrays = dict(zip(_PACKED, map(at_device, packed), strict=True), x=x.reshape(-1, *x.shape[-2:]))
+    arrays = dict(zip(_PACKED, map(at_device, packed), strict=True), x=at_device(x.reshape(-1, *x.shape[-2:])))
     arrays |= {"experts": experts, "sources": _sources(x.shape[:-2], batch)}
     shape = (experts.size, M, columns)
     if transpose and M <= MAX_VECTOR_ROWS:

@@ -90,7 +90,8 @@ def _kernel(make: Any, name: str, inputs: tuple, outputs: tuple, source: str, he
 
 
 def at_device(a: mx.array) -> mx.array:
-    """The array flat if it has so few elements that mlx would pass it as a constant: then padded with zeros."""
+    """The array, with rows of zeros after it (first axis) if mlx would pass it as a constant for its few elements."""
     if a.size >= MIN_DEVICE_ELEMENTS:
         return a
-    return mx.concatenate([a.reshape(-1), mx.zeros((MIN_DEVICE_ELEMENTS - a.size,), a.dtype)])
+    rows = -(-MIN_DEVICE_ELEMENTS * a.shape[0] // a.size) - a.shape[0]
+    return mx.concatenate([a, mx.zeros((rows, *a.shape[1:]), a.dtype)])

@@ -56,6 +56,11 @@ def test_product_not_transposed(metal, M, bits, group_size, dtype, N, K):
     check_product(M, bits, group_size, dtype, N, K, False)
 
 
+@pytest.mark.parametrize(("M", "transpose"), [(1, True), (4, True), (20, True), (20, False)])
+def test_long_sums_in_float32(metal, M, transpose):
+    check_product(M, 4, 32, "f32", *((13, 4096) if transpose else (4096, 32)), transpose)
+
+
 @pytest.mark.parametrize("order", ["reverse", "random"])
 @pytest.mark.parametrize(("M", "transpose"), [(1, True), (5, True), (33, True), (33, False)])
 def test_lane_orders_give_the_same_bits(metal, M, transpose, order):
@@ -80,6 +85,21 @@ def test_x_keeps_its_axes_and_need_not_be_contiguous(metal):
     x = affine_cases.normal((64, 3, 2), mx.float32).transpose(2, 1, 0)
     y = metal_backend.quantized_matmul(x, *weights, True, 4, 32)
     assert affine_cases.error(y, affine_cases.doubles(x) @ weights.decoded(4, 32).T) <= 1e-6
+
+
+@pytest.mark.parametrize("M", [1, 3])
+def test_arrays_of_fewer_than_eight_elements(metal, M):
+    """mlx passes them in another address space."""
+    weights = affine_cases.packed((2, 32), 2, 32, mx.float32)
+    for transpose in (True, False):
+        x = affine_cases.normal((M, 32 if transpose else 2), mx.float32)
+        w = weights.decoded(2, 32)
+        y = metal_backend.quantized_matmul(x, *weights, transpose, 2, 32)
+        assert affine_cases.error(y, affine_cases.doubles(x) @ (w.T if transpose else w)) <= 1e-6
+    stack = affine_cases.packed((2, 2, 32), 2, 32, mx.float32)
+    x, expert = affine_cases.normal((1, M, 2), mx.float32), mx.array([1], mx.uint32)
+    y = metal_backend.gather_quantized_matmul(x, *stack, expert, False, 2, 32, False)
+    assert affine_cases.error(y, gathered(x, stack.decoded(2, 32), np.array([1]), False)) <= 1e-6
 
 
 @pytest.mark.parametrize("transpose", [True, False])
@@ -179,10 +199,10 @@ def test_experts_of_huge_stacks_begin_where_64_bits_say(metal):
 
 
 def test_choice_of_kernel_by_rows():
-    assert [choose_product(M, True).function for M in (1, 2, 16, 17)] == [
+    assert [choose_product(M, True, mx.float16).function for M in (1, 2, 16, 17)] == [
         "affine_qmv",
         "affine_qmv_rows",
         "affine_qmv_rows",
         "affine_qmm_t",
     ]
-    assert choose_product(1, False).function == "affine_qmm_n"
+    assert choose_product(1, False, mx.float16).function == "affine_qmm_n"

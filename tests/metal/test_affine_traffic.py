@@ -117,6 +117,15 @@ def test_tiles_take_no_more_than_mlx(counted, bits, transpose, K):
     check_beside_mlx(own, mlx_kernels.product(function, x, weights, bits, 64))
 
 
+@pytest.mark.parametrize("transpose", [True, False])
+def test_tiles_in_float32_take_no_more_than_mlx(counted, transpose):
+    weights = affine_cases.packed((64, 512), 4, 64, mx.float32)
+    x = affine_cases.normal((32, 512 if transpose else 64), mx.float32)
+    own = counted(metal_backend.quantized_matmul, x, *weights, transpose, 4, 64)
+    function = "affine_qmm_t" if transpose else "affine_qmm_n"
+    check_beside_mlx(own, mlx_kernels.product(function, x, weights, 4, 64))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_quantize_and_dequantize_take_no_more_than_mlx(counted, bits):
     w = affine_cases.normal((16, 512), mx.float16)
