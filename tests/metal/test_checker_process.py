@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -75,3 +76,13 @@ def test_processes_may_make_the_same_at_once(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "metal_on_cpu").iterdir()] == [
         toolchain.cached("key", ".kernel", lambda out: out.mkdir()).name
     ]
+
+
+def test_what_nobody_used_for_a_while_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "CACHE", tmp_path)
+    kept, old = (toolchain.cached(key, ".file", lambda out: out.touch()) for key in ("kept", "old"))
+    os.utime(old, (0, 0))
+    toolchain._prune.cache_clear()
+    toolchain.cached("new", ".kernel", lambda out: out.mkdir())
+    assert kept.exists()
+    assert not old.exists()

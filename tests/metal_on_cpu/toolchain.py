@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -9,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from functools import cache
 from importlib.metadata import version
@@ -22,6 +24,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("MLXQ_TEST_CACHE", ROOT / ".cache")) / "metal_on_cpu"
 MLX_INCLUDE = Path(mx.__file__).parent / "include"
+_KEPT = 7 * 24 * 3600  # seconds
 CLANG = "clang++-19"
 SYMBOLIZER = "llvm-symbolizer-19"
 
@@ -62,8 +65,10 @@ def cached(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
     """
     path = CACHE / (hashlib.sha256(key.encode()).hexdigest()[:24] + suffix)
     if path.exists():
+        os.utime(path)
         return path
     CACHE.mkdir(parents=True, exist_ok=True)
+    _prune()
     with tempfile.TemporaryDirectory(dir=CACHE, prefix="tmp-") as folder:
         made = Path(folder) / path.name
         make(made)
@@ -73,6 +78,15 @@ def cached(key: str, suffix: str, make: Callable[[Path], None]) -> Path:
             if not path.exists():
                 raise
     return path
+
+
+@cache
+def _prune() -> None:
+    """Removes, once in a process, what nobody used for a while."""
+    for path in CACHE.iterdir():
+        with contextlib.suppress(OSError):  # another process may remove it too
+            if time.time() - path.stat().st_mtime > _KEPT:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @cache
