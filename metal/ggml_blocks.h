@@ -70,15 +70,16 @@ struct ggml_block {
   static constant constexpr const bool has_min = has_min_;
   static constant constexpr const int align = bytes_ % 8 == 0 ? 8 : bytes_ % 4 == 0 ? 4 : 2;
   static constant constexpr const int shares = block_ / 32;
-  /// Code `i` of a word lies in place: `masked` is it times `place(i)`.
+  /// Whether a mask cuts a code out of its word, and leaves it where it is: a number so many bits too large.
   static constant constexpr const bool in_place = true;
+  /// The bits of a code in a byte; fewer than 255 where one plane has them all, at bit `bit(j)` of the bytes `words`.
+  static constant constexpr const uint mask = 255u;
 
   static MLXQ_FUNC float code(uint word, int i) {
     return float(word >> uint(8 * i) & 255u) - float(offset_);
   }
-  /// The code times 256^i, without the offset: a mask, no shift.
-  static MLXQ_FUNC float masked(uint word, int i) {
-    return float(word & 255u << uint(8 * i));
+  static MLXQ_FUNC int bit(int) {
+    return 0;
   }
   template <typename P>
   static MLXQ_FUNC float2 unit(P b) {
@@ -111,18 +112,27 @@ MLXQ_FUNC uint2 ggml_nibbles(P qs, int j) {
   return ggml_bits(ggml_words<align>(qs + 8 * (j & 1)), 4 * (j >> 1), 15u);
 }
 
-struct Q4_0 : ggml_block32<18, 8, false> {
-  template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int, int j) {
-    return ggml_nibbles<align>(b + 2, j);
+/// What types add whose codes are such nibbles and nothing else, from byte `at` of the block on.
+#define GGML_ONLY_NIBBLES(at)                                                \
+  static constant constexpr const uint mask = 15u;                           \
+  static MLXQ_FUNC int bit(int j) {                                          \
+    return 4 * (j >> 1);                                                     \
+  }                                                                          \
+  template <typename P>                                                      \
+  static MLXQ_FUNC uint2 words(P b, int share, int j) {                      \
+    return ggml_words<align>(b + at + 16 * share + 8 * (j & 1));             \
+  }                                                                          \
+  template <typename P>                                                      \
+  static MLXQ_FUNC uint2 codes(P b, int share, int j) {                      \
+    return ggml_bits(words(b, share, j), bit(j), mask);                      \
   }
+
+struct Q4_0 : ggml_block32<18, 8, false> {
+  GGML_ONLY_NIBBLES(2)
 };
 
 struct Q4_1 : ggml_block32<20, 0, true> {
-  template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int, int j) {
-    return ggml_nibbles<align>(b + 4, j);
-  }
+  GGML_ONLY_NIBBLES(4)
 };
 
 struct Q5_0 : ggml_block32<22, 16, false> {
@@ -147,9 +157,6 @@ struct Q8_0 : ggml_block32<34, 0, false> {
   static MLXQ_FUNC float code(uint word, int i) {
     return float(char(word >> uint(8 * i)));
   }
-  static MLXQ_FUNC float masked(uint word, int i) {
-    return code(word, i);
-  }
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int, int j) {
     return ggml_words<align>(b + 2 + 8 * j);
@@ -170,9 +177,6 @@ struct IQ4_NL : ggml_block32<18, 0, false> {
   static MLXQ_FUNC float code(uint word, int i) {
     return ggml_iq4_value(word, i);
   }
-  static MLXQ_FUNC float masked(uint word, int i) {
-    return ggml_iq4_value(word, i);
-  }
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int, int j) {
     return ggml_nibbles<align>(b + 2, j);
@@ -183,9 +187,6 @@ struct IQ4_XS : ggml_block<256, 136, 1, 0, false> {
   static constant constexpr const bool in_place = false;
 
   static MLXQ_FUNC float code(uint word, int i) {
-    return ggml_iq4_value(word, i);
-  }
-  static MLXQ_FUNC float masked(uint word, int i) {
     return ggml_iq4_value(word, i);
   }
   static MLXQ_FUNC int octet(int share, int j) {
@@ -225,9 +226,18 @@ struct ggml_quarters : ggml_block<256, bytes_, 4, offset_, has_min_, d_at> {
 };
 
 struct Q2_K : ggml_quarters<84, 0, true, 80> {
+  static constant constexpr const uint mask = 3u;
+
+  static MLXQ_FUNC int bit(int j) {
+    return 2 * j;
+  }
+  template <typename P>
+  static MLXQ_FUNC uint2 words(P b, int share, int) {
+    return ggml_words<align>(b + 16 + 8 * share);
+  }
   template <typename P>
   static MLXQ_FUNC uint2 codes(P b, int share, int j) {
-    return ggml_bits(ggml_words<align>(b + 16 + 8 * share), 2 * j, 3u);
+    return ggml_bits(words(b, share, j), bit(j), mask);
   }
   template <typename P>
   static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float* minimum) {
@@ -318,10 +328,7 @@ struct ggml_halves : ggml_block<256, bytes_, 2, 0, true> {
 };
 
 struct Q4_K : ggml_halves<144> {
-  template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
-    return ggml_nibbles<align>(b + 16 + 16 * share, j);
-  }
+  GGML_ONLY_NIBBLES(16)
 };
 
 struct Q5_K : ggml_halves<176> {

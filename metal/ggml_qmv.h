@@ -62,10 +62,15 @@ MLXQ_FUNC void ggml_stage(const device uchar* w, ulong start, int count, threadg
   }
 }
 
-/// x for a share, ready for `Q::masked`: divided by 256^i where codes stay in place. `sums` are those of the groups.
+/// The bit of its word at which code `i` of octet `j` begins, if it is used where it lies.
+template <typename Q>
+MLXQ_FUNC int ggml_place(int i, int j) {
+  return Q::in_place ? 8 * (i % 4) + Q::bit(j) : 0;
+}
+
+/// x for a share, divided by the powers of two by which codes are too large. `sums` are those of the groups, undivided.
 template <typename Q, typename T>
 MLXQ_FUNC void ggml_load_x(const device T* x, int share, thread float* v, thread float* sums) {
-  constexpr float place = Q::in_place ? 1.0f / 256.0f : 1.0f;
   MLXQ_UNROLL
   for (int g = 0; g < Q::groups; g++) {
     sums[g] = 0.0f;
@@ -78,10 +83,11 @@ MLXQ_FUNC void ggml_load_x(const device T* x, int share, thread float* v, thread
       if (Q::has_min || Q::offset != 0) {
         sums[j * Q::groups / 4] += (a.x + a.y) + (a.z + a.w);
       }
-      v[8 * j + 4 * h] = a.x;
-      v[8 * j + 4 * h + 1] = a.y * place;
-      v[8 * j + 4 * h + 2] = a.z * (place * place);
-      v[8 * j + 4 * h + 3] = a.w * (place * place * place);
+      const float values[4] = {a.x, a.y, a.z, a.w};
+      MLXQ_UNROLL
+      for (int i = 0; i < 4; i++) {
+        v[8 * j + 4 * h + i] = values[i] * (1.0f / float(1u << uint(ggml_place<Q>(i, j))));
+      }
     }
   }
 }
@@ -97,10 +103,17 @@ MLXQ_FUNC float ggml_dot(const threadgroup uchar* block, int share, thread const
   }
   MLXQ_UNROLL
   for (int j = 0; j < 4; j++) {
-    const uint2 q = Q::codes(block, share, j);
+    uint2 q;
+    if constexpr (Q::mask != 255u) {
+      q = Q::words(block, share, j);
+    } else {
+      q = Q::codes(block, share, j);
+    }
     MLXQ_UNROLL
     for (int i = 0; i < 8; i++) {
-      dots[j * Q::groups / 4] = fma(Q::masked(i < 4 ? q.x : q.y, i & 3), v[8 * j + i], dots[j * Q::groups / 4]);
+      const uint word = i < 4 ? q.x : q.y;
+      const float code = Q::in_place ? float(word & Q::mask << uint(ggml_place<Q>(i, j))) : Q::code(word, i % 4);
+      dots[j * Q::groups / 4] = fma(code, v[8 * j + i], dots[j * Q::groups / 4]);
     }
   }
   float dot = 0.0f, least = 0.0f;
