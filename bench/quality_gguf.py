@@ -2,7 +2,7 @@
 
     python bench/quality_gguf.py CHECKPOINT [--types Q4_K_M ...]
 
-Both files have the same tensor types and bytes. The figures are those of the proof: mlxq runs the checkpoint and the file.
+Both files have the same tensor types and bytes. The figures are the proof's: mlxq runs the checkpoint, then the file.
 """
 
 import argparse

@@ -210,7 +210,7 @@ def test_output_that_exists_or_holds_the_source(tmp_path, source, monkeypatch):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "link").symlink_to(source, target_is_directory=True)
     for origin, output in ((source, source), ("~/source", source), (source, "~/source"), (tmp_path / "link", source)):
-        with pytest.raises(OutputError, match="(is|holds) the source"):
+        with pytest.raises(OutputError, match=r"(is|holds) the source"):
             convert(origin, output, verify=False, overwrite=True)
     with pytest.raises(OutputError):
         convert(source, tmp_path, verify=False, overwrite=True)

@@ -11,10 +11,12 @@ import tiny
 from llamacpp import LlamaCpp
 
 import mlxq
+from mlxq.calibration.imatrix import ImportanceMatrix, Sums
 from mlxq.checkpoint.gguf.file import GgufFile
+from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion import convert, export
 from mlxq.errors import Cancelled, CheckpointError, FormatError, OutputError, PlanError, VerificationError
-from mlxq.plan.gguf_mixes import FILE_TYPES
+from mlxq.plan.gguf_file_types import FILE_TYPES
 
 #: Rows of whole super-blocks.
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
@@ -77,7 +79,6 @@ def test_every_file_type_holds_the_source_and_runs_in_llama_cpp(tmp_path, source
 
 
 def test_llama_cpp_decodes_our_bytes_as_we_do(tmp_path, source):
-    from mlxq.checkpoint.source import open_checkpoint
 
     convert(source, tmp_path / "m.gguf", type="Q4_K_M", verify=False)
     with open_checkpoint(tmp_path / "m.gguf") as ours:
@@ -454,3 +455,50 @@ def test_what_is_printed_of_float_files_and_pairs(tmp_path, source):
     assert lines[1] == f"Wrote {tmp_path / 'd'}"
     assert lines[2].startswith(f"Wrote {tmp_path / 'p.gguf'} (")
     assert lines[2].endswith("4.770 bits per weight)")
+
+
+def make_imatrix(path, names, K=256, seed=0):
+    rng = np.random.default_rng(seed)
+    sums = {name: Sums(rng.lognormal(0, 1, (1, K)).astype(np.float32), np.array([8], np.float32)) for name in names}
+    ImportanceMatrix(sums, ("text",), 1, 8).write(path)
+    return path
+
+
+@pytest.mark.parametrize("outputs", [("m.gguf",), ("mlx",), ("mlx", "m.gguf")])
+def test_an_importance_matrix_weights_what_it_names_and_the_rest_is_said(tmp_path, source, outputs):
+    imatrix = make_imatrix(tmp_path / "i.gguf", ["blk.0.attn_q.weight"])
+    options = {"type": "Q4_K_S"} if outputs == ("m.gguf",) else {"recipe": "portable"}
+    places = [tmp_path / name for name in outputs]
+    plain = convert(source, tmp_path / "plain.gguf", type="Q4_K_S", verify=False)
+    result = convert(source, places, imatrix=imatrix, verify=False, **options)
+    assert any("no importance in the matrix" in note for note in result.notes)
+    w = np.array(
+        mx.load(str(source / "model.safetensors"))["model.layers.0.self_attn.q_proj.weight"].astype(mx.float32)
+    )
+    importance = ImportanceMatrix.read(imatrix).get("blk.0.attn_q.weight")
+
+    def weighted(path):
+        with open_checkpoint(path) as checkpoint:
+            w_hat = checkpoint.read("model.layers.0.self_attn.q_proj.weight")
+        return float((importance * (w_hat - w) ** 2).sum())
+
+    assert weighted(places[0]) < 0.97 * weighted(plain.path)
+
+
+def test_an_importance_matrix_of_another_model_is_refused_before_any_work(tmp_path, source):
+    imatrix = make_imatrix(tmp_path / "i.gguf", ["blk.0.attn_q.weight"], K=512)
+    for options in ({"type": "Q4_K_M"}, {"recipe": "portable"}):
+        out = tmp_path / ("m.gguf" if "type" in options else "mlx")
+        with pytest.raises(PlanError, match="another model"):
+            convert(source, out, imatrix=imatrix, **options)
+    with pytest.raises(PlanError, match="--imatrix is for a GGUF file"):
+        convert(source, tmp_path / "mlx", imatrix=imatrix)
+    assert left(tmp_path) == ["i.gguf"]
+
+
+def test_a_gguf_file_crosses_to_another_type_without_loss_where_its_codes_fit(tmp_path, source):
+    convert(source, tmp_path / "a.gguf", type="Q4_0", tensor_types="output=Q4_0", verify=False)
+    result = convert(tmp_path / "a.gguf", tmp_path / "b.gguf", type="Q4_1", tensor_types="output=Q4_1", exact=True)
+    assert {p.action for p in result.plan.tensors} == {"keep", "repack"}
+    a, b = stored(tmp_path / "a.gguf"), stored(tmp_path / "b.gguf")
+    assert all(np.array_equal(values, b[name][1]) for name, (_, values) in a.items())

@@ -87,7 +87,7 @@ class _Cursor:
     def integer(self, what: str, least: int) -> int:
         value = struct.unpack("<i", self.take(4, what))[0]
         if value < least:
-            raise FormatError(f"{self._path}: {what} is {value}, expected {least} or more")
+            raise FormatError(f"{self._path}: {what} is {value}, expected {least} or more: {_NEITHER}")
         return value
 
     def text(self, what: str, least: int) -> str:

@@ -107,7 +107,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Importance matrix that weights the errors, in llama.cpp's GGUF or .dat form.",
+            help="Importance matrix that weights the errors, in llama.cpp's GGUF or .dat form; also for the portable "
+            "recipe.",
             show_default=False,
             rich_help_panel=GGUF,
         ),

@@ -57,7 +57,8 @@ def convert(
         keep: regular expressions of parameters that stay float in an MLX directory.
         dtype: `float16`, `bfloat16` or `float32` for scales and kept tensors of an MLX directory; default the
             source's.
-        imatrix: file of an importance matrix that weights the errors of a GGUF file's tensors.
+        imatrix: file of an importance matrix that weights the errors of a GGUF file's tensors, or of the portable
+            recipe's.
         exact: refuse whatever would change a decoded weight.
         pre: llama.cpp's name for how the tokenizer splits text, where it cannot be found out.
         modelfile: write a `Modelfile` for Ollama beside the GGUF file.
@@ -78,9 +79,10 @@ def convert(
     outputs = list(output) or [None] if isinstance(output, (list, tuple)) else [output]
     job = Job(source, outputs[0], revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
     if len(outputs) > 1:
-        _refuse({"--type": type, "--imatrix": imatrix}, "a GGUF file alone; the portable recipe takes --bits")
+        _refuse({"--type": type}, "a GGUF file alone; the portable recipe takes --bits")
         options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact)
-        return to_both(job, outputs, options, GgufRequest(exact=True, pre=pre, modelfile=modelfile, as_stored=True))
+        request = GgufRequest(exact=True, pre=pre, modelfile=modelfile, as_stored=True)
+        return to_both(job, outputs, options, request, imatrix)
     of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
     given = next((name for name, value in of_gguf.items() if value is not None), None)
@@ -89,8 +91,11 @@ def convert(
             raise PlanError("--recipe portable makes an MLX directory first: name that with an --output of its own")
         _refuse(of_mlx, "an MLX directory; a GGUF file takes --type and --tensor-type REGEX=TYPE")
         return to_gguf(job, GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile))
+    if recipe == "portable":
+        del of_gguf["--imatrix"]
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")
-    return to_mlx(job, PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact))
+    options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact)
+    return to_mlx(job, options, imatrix)
 
 
 @public

@@ -17,7 +17,11 @@ from mlxq.writers.output_file import OutputFile
 
 
 def to_both(
-    job: Job, outputs: Sequence[str | os.PathLike[str]], options: PlanOptions, request: GgufRequest
+    job: Job,
+    outputs: Sequence[str | os.PathLike[str]],
+    options: PlanOptions,
+    request: GgufRequest,
+    imatrix: str | os.PathLike[str] | None = None,
 ) -> ConversionResult:
     """Quantize by the portable recipe, write both, and compare them tensor by tensor; see `mlxq.convert`.
 
@@ -50,7 +54,7 @@ def to_both(
         made.append(to_gguf(of_stage, request, lambda file: _compare(staged, file, first, second)))
 
     try:
-        result = to_mlx(first, options, before_commit=export)
+        result = to_mlx(first, options, imatrix, before_commit=export)
     except BaseException:
         if made and not job.overwrite:
             for name in (second.path.name, *request.beside(second.path)):

@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.calibration.imatrix import ImportanceMatrix
 from mlxq.checkpoint.gguf.fields import config_name
 from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor, architecture_for
-from mlxq.checkpoint.gguf.names import to_gguf as gguf_name
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
+from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
-from mlxq.errors import CheckpointError, OutputError, PlanError
+from mlxq.errors import CheckpointError, PlanError
 from mlxq.formats import crossings
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
 from mlxq.plan.gguf_mixes import GgufModel
@@ -30,6 +29,7 @@ from mlxq.writers.gguf.target import GgufTarget
 from mlxq.writers.manifest import manifest_json
 from mlxq.writers.output_file import OutputFile
 from mlxq.writers.stream import WeightStream
+from mlxq.writers.weighting import Weighting
 
 GGUF_SUFFIX = ".gguf"
 MODELFILE = "Modelfile"
@@ -62,11 +62,10 @@ def to_gguf(
     `compare` is called with the file while that is staged, and gives notes for the manifest.
     """
     options = GgufOptions(request.type, request.tensor_types, request.exact, request.as_stored)
-    importance = ImportanceMatrix.read(request.imatrix) if request.imatrix is not None else None
     stage = None
     if not job.dry_run:
         stage = OutputFile(job.path, overwrite=job.overwrite, beside=request.beside(job.path))
-        _refuse_importance(stage.path, request)
+    importance = read_importance(request.imatrix, stage.path if stage else None)
     with open_checkpoint(job.source, job.revision, job.progress, accept=architecture_for) as checkpoint:
         if stage is not None:
             refuse_source(stage.path, checkpoint)
@@ -74,8 +73,9 @@ def to_gguf(
             raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
         _, arch = architecture_for(checkpoint.config)
         parameters = ParameterMap(checkpoint)
-        names = _names(parameters, arch)
-        plan = _plan(parameters, names, options, _model(checkpoint.config, arch), importance)
+        names = gguf_names(parameters, arch)
+        plan = _plan(parameters, names, options, _model(checkpoint.config, arch), importance is not None)
+        without = check_importance(importance, plan.tensors, names)
         # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.
         metadata = file_metadata(checkpoint, arch, plan, source=job.source_name, pre=request.pre)
         rope = rope_tensors(checkpoint.config)
@@ -85,11 +85,12 @@ def to_gguf(
         if stage is None:
             return ConversionResult(None, plan, checkpoint.config, stored_names=stored_names)
         stage.check_space(plan.nbytes + OTHER_FILES)
-        target = GgufTarget(parameters, plan, names, metadata, rope, importance, stage.path.name)
+        weighting = Weighting(importance, stored_names)
+        target = GgufTarget(parameters, plan, names, metadata, rope, weighting, stage.path.name)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage:
             digests = stage.fill(weights.write)
-            notes = [*target.notes(), *metadata_notes(checkpoint)]
+            notes = [*target.notes(), *without, *metadata_notes(checkpoint)]
             if request.exact:
                 _refuse_changed(target.errors.relative_rmse, names)
             verification = job.prove(parameters, stage.staged, plan)
@@ -123,24 +124,6 @@ def _manifest_name(path: Path) -> str:
     return f"{path.stem}.mlxq.json"
 
 
-def _refuse_importance(output: Path, request: GgufRequest) -> None:
-    """The importance matrix may be a GGUF file too; it is not replaced."""
-    if request.imatrix is not None and output.exists() and output.samefile(request.imatrix):
-        raise OutputError(f"{output} is the importance matrix; choose another output")
-
-
-def _names(parameters: ParameterMap, arch: GgufArchitecture) -> dict[str, MappedTensor]:
-    names = {}
-    for name in parameters.tensors:
-        mapped = gguf_name(arch, name)
-        if mapped is None:
-            raise CheckpointError(
-                f"{parameters.checkpoint.path}: {name} has no place in a GGUF file of the architecture {arch.name!r}"
-            )
-        names[name] = mapped
-    return names
-
-
 def _model(config: dict[str, Any], arch: GgufArchitecture) -> GgufModel:
     def number(key: str, default: int = 0) -> int:
         return config.get(config_name(arch.model_type, key)) or default
@@ -160,20 +143,24 @@ def _plan(
     names: dict[str, MappedTensor],
     options: GgufOptions,
     model: GgufModel,
-    importance: ImportanceMatrix | None,
+    has_imatrix: bool,
 ) -> Plan:
+    # Blocks that are stored as they are need no other type.
+    asked = bool(options.file_type or options.tensor_types)
     sources = [
-        GgufSource(info, names[info.name].name, _exact_types(parameters, info)) for info in parameters.tensors.values()
+        GgufSource(
+            info,
+            names[info.name].name,
+            _exact_types(parameters, info) if info.dtype == "AFFINE" or asked else (),
+        )
+        for info in parameters.tensors.values()
     ]
-    plan = make_gguf_plan(sources, options, model, has_imatrix=importance is not None, dropped=parameters.dropped)
-    if importance is not None:
-        importance.check((names[p.info.name].name, p.info.shape) for p in plan.tensors if p.action != "keep")
-    return plan
+    return make_gguf_plan(sources, options, model, has_imatrix=has_imatrix, dropped=parameters.dropped)
 
 
 def _exact_types(parameters: ParameterMap, info: TensorInfo) -> tuple[str, ...]:
-    """The block types that hold an MLX tensor's codes exactly, the smallest first: its scales decide, and are read."""
-    if info.dtype != "AFFINE":
+    """The block types that hold a tensor's codes exactly, the smallest first: its scales decide, and are read."""
+    if info.spec is None:
         return ()
     found = [n for n in crossings.candidates(info.spec) if n not in K_TYPES or info.shape[-1] % SUPER_BLOCK == 0]
     for rows in info.row_ranges(_ROWS * info.shape[-1]):

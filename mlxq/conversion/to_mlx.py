@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
+from mlxq.checkpoint.gguf.names import architecture_for
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
+from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
 from mlxq.errors import CheckpointError
 from mlxq.plan.planner import PlanOptions, make_plan
@@ -20,14 +23,22 @@ from mlxq.writers.manifest import NAME as MANIFEST
 from mlxq.writers.manifest import manifest_json
 from mlxq.writers.output import OutputDirectory
 from mlxq.writers.stream import WeightStream
+from mlxq.writers.weighting import Weighting
 
 
 def to_mlx(
-    job: Job, options: PlanOptions, before_commit: Callable[[Path, dict[str, Any]], None] = lambda staged, source: None
+    job: Job,
+    options: PlanOptions,
+    imatrix: str | os.PathLike[str] | None = None,
+    before_commit: Callable[[Path, dict[str, Any]], None] = lambda staged, source: None,
 ) -> ConversionResult:
-    """Plan, write and prove an MLX directory; see `mlxq.convert`. `before_commit` is called with the stage and
-    what the manifest says of the source, when all is staged."""
+    """Plan, write and prove an MLX directory; see `mlxq.convert`.
+
+    `imatrix` weights the errors of the portable recipe. `before_commit` is called with the stage and what the manifest
+    says of the source, when all is staged.
+    """
     stage = None if job.dry_run else OutputDirectory(job.path, overwrite=job.overwrite)
+    importance = read_importance(imatrix, stage.path if stage else None)
     with open_checkpoint(job.source, job.revision, job.progress, accept=model_classes) as checkpoint:
         if stage is not None:
             refuse_source(stage.path, checkpoint)
@@ -40,6 +51,8 @@ def to_mlx(
             dropped=parameters.dropped,
             model_dtype=checkpoint.config.get("torch_dtype"),
         )
+        names = gguf_names(parameters, architecture_for(checkpoint.config)[1]) if importance else {}
+        without = check_importance(importance, plan.tensors, names)
         if job.on_plan:
             job.on_plan(plan)
         if stage is None:
@@ -48,14 +61,15 @@ def to_mlx(
         if not is_tokenizer(companions):
             raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
         stage.check_space(plan.nbytes + OTHER_FILES)
-        target = mlx_writer.MlxTarget(parameters, plan)
+        weighting = Weighting(importance, {name: mapped.name for name, mapped in names.items()})
+        target = mlx_writer.MlxTarget(parameters, plan, weighting)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage:
             for name, content in companions.items():
                 stage.write(name, content)
             stage.write("config.json", mlx_writer.config_json(checkpoint.config, plan.tensors, plan.dtype))
             digests = stage.fill(weights.write)
-            notes = target.notes()
+            notes = [*target.notes(), *without]
             verification = job.prove(parameters, stage.stage, plan)
             files = digests.written | {name: sha256(stage.stage / name) for name in ("config.json", *companions)}
             described = job.describe(checkpoint, digests.source)
@@ -63,7 +77,7 @@ def to_mlx(
                 MANIFEST,
                 manifest_json(
                     source=described,
-                    options=dataclasses.asdict(options),
+                    options=dataclasses.asdict(options) | ({"imatrix": Path(imatrix).name} if imatrix else {}),
                     plan=plan,
                     files=dict(sorted(files.items())),
                     verification=verification.to_dict() if verification else None,

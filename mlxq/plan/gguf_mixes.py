@@ -15,34 +15,10 @@ from math import prod
 
 from mlxq.errors import PlanError
 from mlxq.formats.geometry import BLOCK_FORMATS
+from mlxq.plan.gguf_file_types import file_type
 from mlxq.plan.gguf_overrides import Overrides
 from mlxq.plan.roles import is_sensitive
 
-#: File type -> (its number under `general.file_type`, the type of most matrices).
-FILE_TYPES = {
-    "F32": (0, "F32"),
-    "F16": (1, "F16"),
-    "BF16": (32, "BF16"),
-    "Q8_0": (7, "Q8_0"),
-    "Q4_0": (2, "Q4_0"),
-    "Q4_1": (3, "Q4_1"),
-    "Q5_0": (8, "Q5_0"),
-    "Q5_1": (9, "Q5_1"),
-    "Q2_K": (10, "Q2_K"),
-    "Q2_K_S": (21, "Q2_K"),
-    "Q3_K_S": (11, "Q3_K"),
-    "Q3_K_M": (12, "Q3_K"),
-    "Q3_K_L": (13, "Q3_K"),
-    "Q4_K_S": (14, "Q4_K"),
-    "Q4_K_M": (15, "Q4_K"),
-    "Q5_K_S": (16, "Q5_K"),
-    "Q5_K_M": (17, "Q5_K"),
-    "Q6_K": (18, "Q6_K"),
-    "IQ4_NL": (25, "IQ4_NL"),
-    "IQ4_XS": (30, "IQ4_XS"),
-}
-#: Short names that llama.cpp's own tool takes too.
-_ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 _FLOAT = ("F32", "F16", "BF16")
 #: Type whose blocks of 256 do not divide a row -> the type of blocks of 32 that takes its place.
 _FALLBACK = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "IQ4_XS": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -120,18 +96,6 @@ class GgufTensorPlan:
         """Bytes of the tensor's data, padding not counted."""
         geometry = BLOCK_FORMATS[self.type_name]
         return prod(self.shape) // geometry.block_size * geometry.type_size
-
-
-def file_type(name: str) -> tuple[str, int, str]:
-    """A file type's full name, its number under `general.file_type` and its base type; case does not matter.
-
-    Raises:
-        PlanError: no such file type; the message lists those there are.
-    """
-    full = _ALIASES.get(name.upper(), name.upper())
-    if full not in FILE_TYPES:
-        raise PlanError(f"unknown GGUF file type {name!r}: choose one of {', '.join(FILE_TYPES)}")
-    return full, *FILE_TYPES[full]
 
 
 def gguf_types(

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mlxq.errors import PlanError
-from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, file_type, gguf_types, stays_float
+from mlxq.plan.gguf_file_types import file_type
+from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import Overrides
 from mlxq.plan.planner import Plan
 from mlxq.types import FLOAT_BYTES, TensorInfo, TensorPlan
@@ -88,7 +89,8 @@ def _fallbacks(chosen: Sequence[GgufTensorPlan]) -> tuple[str, ...]:
             key = c.shape[-1], c.instead_of, c.type_name
             counts[key] = counts.get(key, 0) + 1
     return tuple(
-        f"{count} tensors with rows of {K} weights, which blocks of {asked} do not divide, are {given} instead"
+        f"{count} {'tensors are' if count > 1 else 'tensor is'} {given} instead of {asked}, whose blocks do not divide "
+        f"rows of {K} weights"
         for (K, asked, given), count in counts.items()
     )
 
@@ -132,7 +134,9 @@ def _refuse_lossy(sources: Sequence[GgufSource], plans: Sequence[TensorPlan]) ->
         kept = plan.dtype == source.info.dtype or plan.dtype in source.exact_types
         if plan.action in ("quantize", "requantize") or (plan.action == "repack" and not kept):
             what = source.info.spec or source.info.dtype
+            way = f"--tensor-type '{source.name.removesuffix('.weight')}=F32' does"
+            if plan.action == "quantize":
+                way = "--type BF16, F16 or F32 keeps floats, and mlxq export all that a GGUF file can hold"
             raise PlanError(
-                f"--exact: {source.name} would change: {plan.dtype} does not hold its {what} weights exactly; "
-                f"--tensor-type '{source.name.removesuffix('.weight')}=F32' does"
+                f"--exact: {source.name} would change: {plan.dtype} does not hold its {what} weights exactly; {way}"
             )

@@ -20,9 +20,13 @@ from mlxq.quantizers import portable, rtn
 from mlxq.types import DTYPE_NAMES, QuantizedTensor, QuantSpec, TensorPlan
 from mlxq.writers.measured import MeasuredErrors, counted
 from mlxq.writers.safetensors import Entry, SafetensorsWriter
-from mlxq.writers.stream import CHUNK_WEIGHTS
+from mlxq.writers.weighting import Weighting
 
-_QUANTIZERS = {"rtn": rtn, "portable": portable}
+
+def _quantize(w: np.ndarray, plan: TensorPlan, importance: np.ndarray | None) -> QuantizedTensor:
+    if plan.method == "portable":
+        return portable.quantize(w, plan.spec, plan.dtype, importance)
+    return rtn.quantize(w, plan.spec, plan.dtype)
 
 
 class MlxTarget:
@@ -31,9 +35,10 @@ class MlxTarget:
     `errors` gathers what repacking, requantizing and keeping changed; `notes()` afterwards says it in lines.
     """
 
-    def __init__(self, parameters: ParameterMap, plan: Plan):
+    def __init__(self, parameters: ParameterMap, plan: Plan, weighting: Weighting | None = None):
         self.parameters = parameters
         self.plan = plan
+        self._weighting = weighting or Weighting()
         self.errors = MeasuredErrors()
 
     def open(self, directory: Path) -> SafetensorsWriter:
@@ -62,12 +67,9 @@ class MlxTarget:
         if plan.spec is None:
             yield (self._cast(plan, w),)
             return
-        matrix = w.reshape(-1, w.shape[-1])
-        step = max(CHUNK_WEIGHTS // matrix.shape[1], 1)
-        for start in range(0, len(matrix), step):
+        for part, importance in self._weighting.matrices(w, plan.info, rows):
             check()
-            part = matrix[start : start + step]
-            q = _QUANTIZERS[plan.method].quantize(part, plan.spec, plan.dtype)
+            q = _quantize(part, plan, importance)
             if plan.action == "requantize":
                 self._measure(plan, floats.to_float32(part, floats.dtype_of(part)), crossings.dequantize(q))
             yield _arrays(q)

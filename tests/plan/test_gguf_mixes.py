@@ -8,7 +8,8 @@ import pytest
 
 from mlxq.errors import PlanError
 from mlxq.formats.geometry import BLOCK_FORMATS
-from mlxq.plan.gguf_mixes import FILE_TYPES, GgufModel, bpw, file_type, gguf_types, stays_float
+from mlxq.plan.gguf_file_types import FILE_TYPES, file_type
+from mlxq.plan.gguf_mixes import GgufModel, bpw, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import TENSOR_TYPES
 from mlxq.plan.roles import is_sensitive
 
@@ -122,7 +123,7 @@ def test_numbers_of_the_file_types():
 def test_short_names_and_case():
     assert file_type("q4_k") == ("Q4_K_M", 15, "Q4_K")
     assert file_type("Q5_K")[0] == "Q5_K_M"
-    with pytest.raises(PlanError, match=r"unknown GGUF file type 'Q4': choose one of F32, F16.*Q4_K_M.*IQ4_XS"):
+    with pytest.raises(PlanError, match=r"type 'Q4' .did you mean Q4_1.*: choose one of F32, F16.*Q4_K_M.*IQ4_XS"):
         file_type("Q4")
 
 

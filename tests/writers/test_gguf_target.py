@@ -10,9 +10,7 @@ from mlxq.calibration.imatrix import ImportanceMatrix, Sums
 from mlxq.checkpoint.gguf.file import GgufFile
 from mlxq.conversion import convert, export
 from mlxq.quantizers.ggml import quantize
-from mlxq.writers import mlx as mlx_writer
-from mlxq.writers import stream
-from mlxq.writers.gguf import target
+from mlxq.writers import stream, weighting
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256}
 #: Heads of 64 rows, key heads of 64 rows; with biases that are permuted too, in stacks of experts, with norms plus one.
@@ -38,7 +36,7 @@ def contents(path):
 
 def in_chunks(monkeypatch, run):
     with monkeypatch.context() as patch:
-        for module in (stream, target, mlx_writer):
+        for module in (stream, weighting):
             patch.setattr(module, "CHUNK_WEIGHTS", CHUNK)
         run()
 

@@ -333,5 +333,5 @@ def test_what_was_replaced_is_no_longer_a_model_once_its_removal_begins(tmp_path
 
 
 def test_space_is_checked_before_work(tmp_path):
-    with pytest.raises(OutputError, match=r"free.*needs"):
+    with pytest.raises(OutputError, match=r"free.*may take"):
         OutputDirectory(tmp_path / "m").check_space(1 << 60)

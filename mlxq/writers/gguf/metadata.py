@@ -8,7 +8,7 @@ from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.gguf.checkpoint import GgufCheckpoint
 from mlxq.checkpoint.gguf.names import GgufArchitecture
 from mlxq.errors import CheckpointError
-from mlxq.plan.gguf_mixes import FILE_TYPES
+from mlxq.plan.gguf_file_types import FILE_TYPES
 from mlxq.plan.planner import Plan
 from mlxq.writers.gguf.file import TypedMetadata
 from mlxq.writers.gguf.general import general_metadata, licence_text

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.calibration.imatrix import ImportanceMatrix
 from mlxq.checkpoint.gguf.heads import permuted_rows
 from mlxq.checkpoint.gguf.names import MappedTensor
 from mlxq.errors import FormatError
@@ -20,7 +19,7 @@ from mlxq.quantizers import ggml as encoders
 from mlxq.types import FLOAT_BYTES, Action, QuantizedTensor, TensorPlan
 from mlxq.writers.gguf.file import GgufEntry, GgufWriter, TypedMetadata
 from mlxq.writers.measured import MeasuredErrors
-from mlxq.writers.stream import CHUNK_WEIGHTS
+from mlxq.writers.weighting import Weighting
 
 _SAID: dict[Action, str] = {
     "keep": "rounded to another float type",
@@ -38,7 +37,7 @@ class GgufTarget:
         names: parameter -> its name in the file, and what is done to its values.
         metadata: the file's.
         rope: tensors of rotary factors by their GGUF names, float32.
-        importance: weights of the squared errors, by GGUF name.
+        weighting: of the squared errors.
         filename: in the directory that `open` is given.
     """
 
@@ -49,7 +48,7 @@ class GgufTarget:
         names: Mapping[str, MappedTensor],
         metadata: TypedMetadata,
         rope: Mapping[str, np.ndarray],
-        importance: ImportanceMatrix | None,
+        weighting: Weighting,
         filename: str,
     ):
         self.parameters = parameters
@@ -58,7 +57,7 @@ class GgufTarget:
         self._names = names
         self._metadata = metadata
         self._rope = rope
-        self._importance = importance
+        self._weighting = weighting
         self._filename = filename
 
     def open(self, directory: Path) -> GgufWriter:
@@ -93,7 +92,7 @@ class GgufTarget:
         if plan.dtype in FLOAT_BYTES:
             yield self._cast(plan, w, mapped)
             return
-        for part, importance in self._matrices(w, plan, rows, mapped):
+        for part, importance in self._weighting.matrices(w, plan.info, rows):
             check()
             part = floats.to_float32(part, floats.dtype_of(part))
             blocks = encoders.quantize(part, plan.dtype, importance)
@@ -101,24 +100,6 @@ class GgufTarget:
             if plan.action == "requantize":
                 self.errors.add(name, part, ggml.dequantize(blocks, plan.dtype))
             yield blocks
-
-    def _matrices(
-        self, w: np.ndarray, plan: TensorPlan, rows: slice | None, mapped: MappedTensor
-    ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-        """Rows `[n, K]` of bounded size with the importance float32 `[K]` of their columns, or None.
-
-        In a stack of experts each has its own importance.
-        """
-        shape = plan.info.shape
-        importance = self._importance.get(mapped.name, shape) if self._importance else None
-        per_expert = len(shape) > 2 and importance is not None
-        matrices = w.reshape(-1, *shape[-2:]) if per_expert else w.reshape(1, -1, shape[-1])
-        first = rows.start if rows else 0
-        step = max(CHUNK_WEIGHTS // shape[-1], 1)
-        for i, matrix in enumerate(matrices):
-            weight = importance[first + i] if per_expert else importance
-            for start in range(0, len(matrix), step):
-                yield matrix[start : start + step], weight
 
     def _read(self, read: Callable[..., Any], plan: TensorPlan, rows: slice | None, mapped: MappedTensor) -> Any:
         """Rows in ggml's order. Those of a head are read together, and of them the ones asked for are taken."""
