@@ -4,7 +4,7 @@
 // The two index arrays are pointers of any address space: mlx passes short ones as constants. An expert that the stack
 // does not have is read as its last one, never past the stack's end.
 #pragma once
-#include "affine_qmm.h"
+#include "affine_qmm_n.h"
 #include "affine_qmv.h"
 
 /// Where expert `expert` of a stack begins, in words and in groups.

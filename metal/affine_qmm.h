@@ -1,8 +1,8 @@
-// Tiled products of many rows of x with packed weights, on 8 x 8 matrices of a SIMD-group.
+// x @ w_hat.T in tiles of many rows of x, on 8 x 8 matrices of a SIMD-group.
 //
-// Codes go from their load to the matrix unit in registers: a lane loads a run of codes, and the order of a sum's terms
-// (transposed), or of output columns (not transposed), is permuted so that the codes which a fragment needs from a lane
-// are the ones it holds. Only x passes through threadgroup memory, in the same order.
+// Codes go from their load to the matrix unit in registers: a lane loads a run of codes, and the order of a sum's terms is
+// permuted so that the codes which a fragment needs from a lane are the ones it holds. Only x passes through threadgroup
+// memory, in the same order.
 // A lane holds elements (row, column) and (row, column + 1) of a fragment; the places are those that mlx's own kernels
 // rely on (mlx/backend/metal/kernels/steel/gemm/mma.h, BaseMMAFrag).
 #pragma once
@@ -279,119 +279,4 @@ MLXQ_FUNC void affine_qmm_t(
   const QmmRows rows = {0, min(M - first, QMM_TILE_M)};
   affine_qmm_t_tile<X, S, Y, group_size, bits, N, K>(
       w, scales, biases, x + size_t(first) * K, y + size_t(first) * N, tile, rows, at.x, simd_group, lane);
-}
-
-constant constexpr int QMM_N_RUN = 16;
-/// Rows of a tile of y: half as many where totals share the registers.
-template <typename Y>
-constexpr int affine_qmm_n_rows() {
-  return sizeof(Y) == 4 ? 16 : 32;
-}
-constant constexpr int QMM_N_TILE_K = 4 * QMM_SIMD_GROUPS * QMM_N_RUN;
-constant constexpr int QMM_N_DEPTH = 64;
-constant constexpr int QMM_N_STRIDE = QMM_N_DEPTH + 8;
-
-/// Sixteen codes from code `k` of a row, `k` a multiple of 16: half words where they fill no words.
-template <int bits>
-MLXQ_FUNC void affine_load16(const device uint* row, int k, thread uint* codes) {
-  if constexpr (bits % 2 == 0) {
-    load_words<bits / 2>(row + k * bits / 32, codes);
-  } else {
-    const device ushort* halves = (const device ushort*)row + k * bits / 16;
-    MLXQ_UNROLL
-    for (int i = 0; i < bits; i += 2) {
-      codes[i / 2] = i + 1 < bits ? uint(halves[i]) | (uint(halves[i + 1]) << 16) : uint(halves[i]);
-    }
-  }
-}
-
-/// y = x @ w_hat: `x` [M, N], `w` [N, K], tile (`at.y`, `at.x`) of y.
-///
-/// Four lanes share a weight row, each with a run of columns; fragment f of a SIMD-group's columns takes codes 2 f and
-/// 2 f + 1 of each.
-template <typename X, typename S, typename Y, int group_size, int bits, int N, int K>
-MLXQ_FUNC void affine_qmm_n(
-    const device uint* w,
-    const device S* scales,
-    const device S* biases,
-    const device X* x,
-    device Y* y,
-    threadgroup X* tile,
-    int M,
-    uint3 at,
-    uint simd_group,
-    uint lane) {
-  constexpr int tile_rows = affine_qmm_n_rows<Y>();
-  constexpr int m_fragments = tile_rows / 8;
-  constexpr int k_fragments = QMM_N_RUN / 2;
-  const int first_m = int(at.y) * tile_rows;
-  const int row = fragment_row(lane);
-  const int column = fragment_column(lane);
-  const int k = int(at.x) * QMM_N_TILE_K + (int(simd_group) * 4 + column / 2) * QMM_N_RUN;
-  const bool inside = K % QMM_N_TILE_K == 0 || k < K;
-
-  Fragments<m_fragments, k_fragments, sizeof(Y) == 4 && (N > QMM_CHAIN)> sums;
-  sums.clear();
-  for (int start = 0; start < N; start += QMM_N_DEPTH) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    const int thread_index = int(simd_group * SIMD_LANES + lane);
-    MLXQ_UNROLL
-    for (int i = 0; i < tile_rows * QMM_N_DEPTH / (QMM_SIMD_GROUPS * SIMD_LANES); i++) {
-      const int element = i * QMM_SIMD_GROUPS * SIMD_LANES + thread_index;
-      const int m = element / QMM_N_DEPTH;
-      const int n = element % QMM_N_DEPTH;
-      X v = X(0);
-      if (first_m + m < M && (N % QMM_N_DEPTH == 0 || start + n < N)) {
-        v = x[size_t(first_m + m) * N + start + n];
-      }
-      tile[m * QMM_N_STRIDE + n] = v;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int n = 0; n < QMM_N_DEPTH && start + n < N; n += 8) {
-      const bool held = inside && (N % 8 == 0 || start + n + row < N);
-      uint codes[(bits + 1) / 2] = {};
-      float scale = 0.0f;
-      float bias = 0.0f;
-      if (held) {
-        const size_t weight_row = size_t(start + n + row);
-        affine_load16<bits>(w + weight_row * (K * bits / 32), k, codes);
-        scale = float(scales[weight_row * (K / group_size) + k / group_size]);
-        bias = float(biases[weight_row * (K / group_size) + k / group_size]);
-      }
-      simdgroup_matrix<float, 8, 8> a[m_fragments];
-      MLXQ_UNROLL
-      for (int m = 0; m < m_fragments; m++) {
-        const threadgroup X* from = tile + (m * 8 + row) * QMM_N_STRIDE + n + column;
-        const vec<X, 2> v = *(const threadgroup vec<X, 2>*)from;
-        a[m].thread_elements()[0] = float(v.x);
-        a[m].thread_elements()[1] = float(v.y);
-      }
-      MLXQ_UNROLL
-      for (int f = 0; f < k_fragments; f++) {
-        simdgroup_matrix<float, 8, 8> b;
-        b.thread_elements()[0] = fma(scale, affine_float<bits>(codes, 2 * f), bias);
-        b.thread_elements()[1] = fma(scale, affine_float<bits>(codes, 2 * f + 1), bias);
-        MLXQ_UNROLL
-        for (int m = 0; m < m_fragments; m++) {
-          simdgroup_multiply_accumulate(sums.part[m][f], a[m], b, sums.part[m][f]);
-        }
-      }
-    }
-    if ((start + QMM_N_DEPTH) % QMM_CHAIN == 0) {
-      sums.fold();
-    }
-  }
-  sums.fold();
-  MLXQ_UNROLL
-  for (int m = 0; m < m_fragments; m++) {
-    const int out = first_m + m * 8 + row;
-    if (inside && out < M) {
-      MLXQ_UNROLL
-      for (int f = 0; f < k_fragments; f++) {
-        device Y* to = y + size_t(out) * K + k + 2 * f;
-        to[0] = Y(sums.at(m, f, 0));
-        to[1] = Y(sums.at(m, f, 1));
-      }
-    }
-  }
 }

@@ -30,12 +30,12 @@ _QMM_N_TILE = (32, 256)
 _PACKED = ("w_q", "scales", "biases")
 _POSITION = "threadgroup_position_in_grid"
 _LANE = "simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
-_TILES = {"t": "QMM_TILE_M * QMM_STRIDE", "n": "affine_qmm_n_rows<Y>() * QMM_N_STRIDE"}
+_TILES = {"t": "QMM_TILE_M * QMM_STRIDE", "n": "QMM_N_TILE_M * QMM_N_STRIDE"}
 _HEADERS = {
     "affine_qmv": "affine_qmv",
     "affine_qmv_rows": "affine_qmv",
     "affine_qmm_t": "affine_qmm",
-    "affine_qmm_n": "affine_qmm",
+    "affine_qmm_n": "affine_qmm_n",
 }
 
 
@@ -57,11 +57,10 @@ class Weights(NamedTuple):
     group_size: int
 
 
-def choose_product(M: int, transpose: bool, dtype: mx.Dtype) -> Product:
-    """The kernel for M rows of x; what a threadgroup covers is laid down in `metal/affine_qmv.h`, `affine_qmm.h`."""
+def choose_product(M: int, transpose: bool) -> Product:
+    """The kernel for M rows of x; what a threadgroup covers is laid down in `metal/affine_qm?.h`."""
     if not transpose:
-        rows, columns = _QMM_N_TILE
-        return Product("affine_qmm_n", rows // 2 if dtype == mx.float32 else rows, columns, _QMM_SIMD_GROUPS * SIMD)
+        return Product("affine_qmm_n", *_QMM_N_TILE, _QMM_SIMD_GROUPS * SIMD)
     if M <= MAX_VECTOR_ROWS:
         rows = 4 if M <= 8 else 2
         function = "affine_qmv" if M == 1 else "affine_qmv_rows"
@@ -74,7 +73,7 @@ def launch_product(x: mx.array, packed: Packed, weights: Weights, transpose: boo
     # A kernel of tiles takes M from x: of a tiny x it computes rows of zeros too.
     x = at_device(x)
     M = x.shape[0]
-    how = choose_product(M, transpose, dtype)
+    how = choose_product(M, transpose)
     columns = weights.N if transpose else weights.K
     y = _launch(
         how.function,
@@ -100,7 +99,7 @@ def launch_gather(
     dtype: mx.Dtype,
 ) -> mx.array:
     n_experts, M = packed[0].shape[0], x.shape[-2]
-    how = choose_product(M, transpose, dtype)
+    how = choose_product(M, transpose)
     columns = weights.N if transpose else weights.K
     blocks = blocks_of(columns, how.tile_columns)
     arrays = dict(zip(_PACKED, map(at_device, packed), strict=True), x=at_device(x.reshape(-1, *x.shape[-2:])))

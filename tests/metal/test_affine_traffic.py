@@ -119,8 +119,9 @@ def test_tiles_take_no_more_than_mlx(counted, bits, transpose, K):
 
 @pytest.mark.parametrize("transpose", [True, False])
 def test_tiles_in_float32_take_no_more_than_mlx(counted, transpose):
-    weights = affine_cases.packed((64, 512), 4, 64, mx.float32)
-    x = affine_cases.normal((32, 512 if transpose else 64), mx.float32)
+    N, K = (64, 512) if transpose else (512, 256)
+    weights = affine_cases.packed((N, K), 4, 64, mx.float32)
+    x = affine_cases.normal((32, K if transpose else N), mx.float32)
     own = counted(metal_backend.quantized_matmul, x, *weights, transpose, 4, 64)
     function = "affine_qmm_t" if transpose else "affine_qmm_n"
     check_beside_mlx(own, mlx_kernels.product(function, x, weights, 4, 64))
