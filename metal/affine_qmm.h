@@ -29,7 +29,7 @@ struct Fragments {
   simdgroup_matrix<float, 8, 8> part[rows][columns];
   float total[chained ? rows : 1][chained ? columns : 1][2];
 
-  void clear() thread {
+  MLXQ_FUNC void clear() thread {
     MLXQ_UNROLL
     for (int m = 0; m < rows; m++) {
       MLXQ_UNROLL
@@ -43,7 +43,7 @@ struct Fragments {
     }
   }
 
-  void fold() thread {
+  MLXQ_FUNC void fold() thread {
     if constexpr (chained) {
       MLXQ_UNROLL
       for (int m = 0; m < rows; m++) {
@@ -57,7 +57,7 @@ struct Fragments {
     }
   }
 
-  float at(int m, int n, int element) thread {
+  MLXQ_FUNC float at(int m, int n, int element) thread {
     if constexpr (chained) {
       return total[m][n][element];
     } else {

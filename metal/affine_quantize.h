@@ -9,12 +9,17 @@ constexpr int affine_dequantize_run() {
 }
 
 /// Scale * q rounded to the dtype of the scales, then + bias rounded again: what mx.dequantize computes on the CPU.
+/// A compiler that may fuse a product with a sum does not fuse a product that is fused already.
 template <typename T>
 MLXQ_FUNC T affine_reconstruct(uint q, T scale, T bias) {
 #pragma METAL fp contract(off)
 #pragma clang fp contract(off)
-  const T product = scale * T(q);
-  return product + bias;
+  if constexpr (sizeof(T) == 4) {
+    return fma(scale, T(q), 0.0f) + bias;
+  } else {
+    const T product = scale * T(q);
+    return product + bias;
+  }
 }
 
 /// Thread `index` reconstructs its run of codes of the whole tensor, `out` as flat as `w`.

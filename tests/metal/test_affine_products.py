@@ -72,6 +72,16 @@ def test_lane_orders_give_the_same_bits(metal, M, transpose, order):
     assert mx.array_equal(forward, other)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"contract": "fast"}, {"simd_order": 1}, {"opt": "-O0"}, {"flush_denormals": True}]
+)
+@pytest.mark.parametrize(("M", "transpose"), [(1, True), (5, True), (33, True), (33, False)])
+def test_errors_hold_whatever_the_compiler_does(metal, M, transpose, options):
+    with metal.options(**options):
+        check_product(M, 3, 32, "f32", 9, 352, transpose)
+
+
 def test_x_and_scales_of_two_dtypes_give_float32(metal):
     weights = affine_cases.packed((8, 64), 4, 32, mx.float16)
     x = affine_cases.normal((2, 64), mx.bfloat16)

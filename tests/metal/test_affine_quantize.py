@@ -45,6 +45,14 @@ def test_dequantize_equals_the_reference_bit_for_bit(metal, bits, group_size, dt
         np.testing.assert_array_equal(to_numpy(w_hat), to_numpy(expected))
 
 
+@pytest.mark.parametrize("dtype", affine_cases.DTYPES)
+def test_dequantize_rounds_twice_whatever_the_compiler_may_fuse(metal, dtype):
+    packed = affine_cases.packed((8, 512), 4, 64, affine_cases.DTYPES[dtype])
+    with metal.options(contract="fast"):
+        w_hat = metal_backend.dequantize(*packed, 4, 64, None)
+    np.testing.assert_array_equal(to_numpy(w_hat), reconstructed(packed, 4, 64))
+
+
 def test_dequantize_converts_after_it_rounds(metal):
     packed = affine_cases.packed((2, 64), 4, 64, mx.float16)
     widened = metal_backend.dequantize(*packed, 4, 64, "F32")
