@@ -1,11 +1,12 @@
 """The operations on quantized weights: one validated signature each, computed by one of several back ends.
 
 Every function takes NumPy arrays (uint16 holds bfloat16 bits) or mlx arrays, and returns the kind of its first
-argument. `backend` is `numpy`, `mlx`, or None: then `MLXQ_BACKEND` decides, or the table in `mlxq.ops.dispatch`.
-With NumPy arrays and the NumPy back end mlx is not imported.
+argument. `backend` is `numpy`, `mlx`, `metal`, or None: then `MLXQ_BACKEND` decides, or the table in
+`mlxq.ops.dispatch`. With NumPy arrays and the NumPy back end mlx is not imported.
 
 All of them raise `FormatError` when bits, group size, shapes or dtypes break a rule, and `BackendError` for a back
-end that is unknown or not installed.
+end that is unknown, not installed, or cannot do what it was asked for (`metal` off a Mac, or for a ggml type without
+kernels).
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 from mlxq.api import public
 from mlxq.errors import FormatError
 from mlxq.formats.floats import all_finite
-from mlxq.ops import validation
+from mlxq.ops import kernel_check, validation
 from mlxq.ops.arrays import Kind, describe, import_mlx, indices_to_kind, to_kind
-from mlxq.ops.dispatch import Call, choose, device_of
+from mlxq.ops.dispatch import asked, call_on, choose
 
 __all__ = [
     "block_dequantize",
@@ -53,8 +54,9 @@ def quantize(w: Any, *, bits: int, group_size: int, mode: str = "affine", backen
     if described.kind == "numpy" and not all_finite(w):
         raise FormatError(f"quantize: a weight is NaN or infinite; w.shape == {w.shape}")
     run, kind = _backend("quantize", described.kind, 0, backend)
-    # NumPy arrays get the same codes on every machine.
-    compute = run.quantize_on_cpu if (described.kind, kind) == ("numpy", "mlx") else run.quantize
+    # NumPy arrays get the same codes on every machine, unless the Metal kernel is asked for.
+    on_cpu = described.kind == "numpy" and getattr(run, "quantize_on_cpu", None)
+    compute = on_cpu or run.quantize
     return tuple(to_kind(a, described.kind) for a in compute(to_kind(w, kind), bits, group_size))
 
 
@@ -199,7 +201,7 @@ def block_dequantize(blocks: Any, *, type_name: str, dtype: str = "F32", backend
     op = "block_dequantize"
     described = describe(op, "blocks", blocks)
     validation.block_dequantize(described, type_name, dtype)
-    run, kind = _backend(op, described.kind, 0, backend)
+    run, kind = _block_backend(op, described.kind, 0, backend, kernel_check.Blocks(type_name, dtype, blocks.shape[-1]))
     return to_kind(run.block_dequantize(to_kind(blocks, kind), type_name, dtype), described.kind)
 
 
@@ -217,7 +219,8 @@ def block_matmul(x: Any, blocks: Any, *, type_name: str, backend: str | None = N
     op = "block_matmul"
     described = describe(op, "x", x)
     rows = validation.block_matmul(described, describe(op, "blocks", blocks), type_name)
-    run, kind = _backend(op, described.kind, rows, backend)
+    how = kernel_check.Blocks(type_name, described.dtype, blocks.shape[-1])
+    run, kind = _block_backend(op, described.kind, rows, backend, how)
     return to_kind(run.block_matmul(to_kind(x, kind), to_kind(blocks, kind), type_name), described.kind)
 
 
@@ -235,19 +238,36 @@ def gather_block_matmul(
     op = "gather_block_matmul"
     described = [describe(op, name, a) for name, a in (("x", x), ("blocks", blocks), ("rhs_indices", rhs_indices))]
     own = described[0].kind
-    run, kind = _backend(op, own, validation.gather_block_matmul(*described, type_name), backend)
+    rows = validation.gather_block_matmul(*described, type_name)
+    how = kernel_check.Blocks(type_name, described[0].dtype, blocks.shape[-1])
+    run, kind = _block_backend(op, own, rows, backend, how)
     arrays = to_kind(x, kind), to_kind(blocks, kind), indices_to_kind(rhs_indices, kind)
     return to_kind(run.gather_block_matmul(*arrays, type_name, sorted_indices), own)
 
 
 def _backend(op: str, own: Kind, rows: int, backend: str | None) -> tuple[ModuleType, Kind]:
-    """The module that computes a call, and the kind of arrays it takes."""
-    name = choose(Call(op, device_of(own), rows), backend)
-    return _module(name), name
+    """The module that computes a call on affine or float weights, and the kind of arrays it takes."""
+    name = choose(call_on(own, op, rows), backend)
+    return _module(f"{name}_backend"), _kind(name)
+
+
+def _block_backend(
+    op: str, own: Kind, rows: int, backend: str | None, blocks: kernel_check.Blocks
+) -> tuple[ModuleType, Kind]:
+    """The same for ggml blocks; a Metal kernel that the table chose is checked when it is first used."""
+    call = call_on(own, op, rows, blocks.type_name)
+    name = choose(call, backend)
+    if name == "metal" and not asked(backend) and not kernel_check.passes(op, blocks, rows):
+        name = choose(call, without_metal=True)
+    return _module("metal_blocks" if name == "metal" else f"{name}_backend"), _kind(name)
+
+
+def _kind(name: str) -> Kind:
+    return "numpy" if name == "numpy" else "mlx"
 
 
 @cache
 def _module(name: str) -> ModuleType:
-    if name == "mlx":
+    if name != "numpy_backend":
         import_mlx()
-    return importlib.import_module(f"mlxq.ops.{name}_backend")
+    return importlib.import_module(f"mlxq.ops.{name}")

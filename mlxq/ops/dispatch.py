@@ -1,6 +1,7 @@
 """Which back end computes an operation: one table, read from the top, the first row that fits decides.
 
-The choice can be overridden for one call (`backend=`) or for the process (`MLXQ_BACKEND`, read at each call).
+The choice can be overridden for one call (`backend=`) or for the process (`MLXQ_BACKEND`, read at each call). What is
+asked for is done, or refused: only kernels that the table chose are checked first (`ops.kernel_check`).
 """
 
 from __future__ import annotations
@@ -14,27 +15,37 @@ from typing import Literal, NamedTuple
 from mlxq.errors import BackendError
 from mlxq.ops.arrays import Kind, import_mlx
 
-Backend = Literal["numpy", "mlx"]
+Backend = Literal["numpy", "mlx", "metal"]
 
-BACKENDS: tuple[Backend, ...] = ("numpy", "mlx")
+BACKENDS: tuple[Backend, ...] = ("numpy", "mlx", "metal")
 ENVIRONMENT_VARIABLE = "MLXQ_BACKEND"
+#: ggml types that the Metal kernels know: `ops.metal_blocks.METAL_TYPES`, said here for those who have no mlx.
+METAL_TYPES = (
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
 
 _HOST = ("host", "host, mlx loaded")
 _PRODUCTS = ("quantized_matmul", "gather_quantized_matmul", "matmul", "gather_matmul")
 _BLOCKS = ("block_dequantize", "block_matmul", "gather_block_matmul")
+#: No Metal kernel of ours computes these: whoever asks for `metal` gets mlx.
+_LEFT_TO_MLX = ("matmul", "gather_matmul", "encode")
 
 
 class Call(NamedTuple):
     """What a choice depends on.
 
     `device` is `host` for NumPy arrays (`host, mlx loaded` where mlx was imported already), else mlx's default
-    device, `cpu` or `gpu`; `rows` is M, the rows of x.
-    The dtype does not matter: both back ends compute half floats in float32 on the CPU.
+    device, `cpu` or `gpu`; `rows` is M, the rows of x; `format` is the ggml type of blocks, else `affine`; `metal` says
+    whether a GPU takes our Metal kernels (`metal_available`).
+    The dtype does not matter: on the CPU both back ends compute half floats in float32, and kernels know all three.
     """
 
     op: str
     device: str
     rows: int = 0
+    format: str = "affine"
+    metal: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,12 +56,15 @@ class _Row:
     reason: str
     ops: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
+    formats: tuple[str, ...] = ()
     max_rows: int | None = None
 
     def fits(self, call: Call) -> bool:
         return (
             (not self.ops or call.op in self.ops)
             and (not self.devices or call.device in self.devices)
+            and (not self.formats or call.format in self.formats)
+            and (call.metal or self.backend != "metal")
             and (self.max_rows is None or call.rows <= self.max_rows)
         )
 
@@ -66,11 +80,23 @@ _TABLE: tuple[_Row, ...] = (
     ),
     _Row("numpy", "NumPy arrays: no copy, and no mlx needed", devices=_HOST),
     _Row(
+        "metal",
+        "mlx has no kernel for ggml blocks: ours compute with a GGUF file's own bytes",
+        ops=_BLOCKS,
+        devices=("gpu",),
+        formats=METAL_TYPES,
+    ),
+    _Row(
         "numpy",
         "mlx has no kernel for ggml blocks on any device, and would multiply decoded float weights",
         ops=_BLOCKS,
     ),
-    _Row("mlx", "mlx has tuned Metal kernels for all of these", devices=("gpu",)),
+    _Row(
+        "mlx",
+        "mlx has tuned kernels for all of these; our Metal kernels for affine weights wait for a measurement on the "
+        "machine that says they are faster",
+        devices=("gpu",),
+    ),
     _Row("mlx", "same bits as NumPy on the CPU, and the graph stays lazy", ops=("quantize", "dequantize")),
     _Row(
         "mlx",
@@ -87,21 +113,54 @@ _TABLE: tuple[_Row, ...] = (
 )
 
 
-def choose(call: Call, backend: str | None = None) -> Backend:
+def choose(call: Call, backend: str | None = None, *, without_metal: bool = False) -> Backend:
     """The back end for a call: `backend` if given, else `MLXQ_BACKEND` if set, else the table's.
 
+    Args:
+        without_metal: skip the table's rows for Metal, whose kernel turned out to be wrong.
+
     Raises:
-        BackendError: an unknown back end was asked for.
+        BackendError: an unknown back end was asked for, or `metal` where it is not available.
     """
-    asked = backend or os.environ.get(ENVIRONMENT_VARIABLE)
-    if asked:
-        return _known(asked, "backend" if backend else ENVIRONMENT_VARIABLE)
-    return _row(call).backend
+    name = asked(backend)
+    if name == "metal" and call.op in _LEFT_TO_MLX:
+        return "mlx"
+    return name or _row(call._replace(metal=False) if without_metal else call).backend
+
+
+def asked(backend: str | None = None) -> Backend | None:
+    """The back end that `backend`, or else `MLXQ_BACKEND`, asks for; None if neither does. Raises as `choose`."""
+    name = backend or os.environ.get(ENVIRONMENT_VARIABLE)
+    return _known(name, "backend" if backend else ENVIRONMENT_VARIABLE) if name else None
 
 
 def reason(call: Call) -> str:
     """Why the table chooses as it does for a call."""
     return _row(call).reason
+
+
+def call_on(kind: Kind, op: str, rows: int = 0, format: str = "affine") -> Call:
+    """The `Call` of an operation on arrays of a kind, here and now."""
+    device = device_of(kind)
+    return Call(op, device, rows, format, device == "gpu" and metal_available())
+
+
+def metal_available() -> bool:
+    """Whether our Metal kernels can be launched: mlx has Metal, and computes on its GPU by default.
+
+    A function in the place of `mx.fast.metal_kernel` launches wherever it likes.
+
+    Raises:
+        BackendError: mlx is not installed.
+    """
+    mx = sys.modules.get("mlx.core") or import_mlx()
+    return mx.metal.is_available() and (mx.default_device().type == mx.DeviceType.gpu or not launches_on_gpu())
+
+
+def launches_on_gpu() -> bool:
+    """Whether `mx.fast.metal_kernel` is mlx's own, not one that tests put in its place."""
+    mx = sys.modules.get("mlx.core") or import_mlx()
+    return getattr(mx.fast.metal_kernel, "__module__", None) == "mlx.core.fast"
 
 
 def device_of(kind: Kind) -> str:
@@ -121,10 +180,11 @@ def _row(call: Call) -> _Row:
 
 
 def _known(name: str, source: str) -> Backend:
-    if name in BACKENDS:
-        return name
-    if name == "metal":
+    if name not in BACKENDS:
+        raise BackendError(f"{source}: unknown back end {name!r}; the back ends are {', '.join(BACKENDS)}")
+    if name == "metal" and not metal_available():
         raise BackendError(
-            f"{source}: the Metal kernels ('metal') are not in this version; the back ends are {', '.join(BACKENDS)}"
+            f"{source}: the back end 'metal' needs an Apple GPU as mlx's default device, and there is none; "
+            "the other back ends are numpy and mlx"
         )
-    raise BackendError(f"{source}: unknown back end {name!r}; the back ends are {', '.join(BACKENDS)}")
+    return name

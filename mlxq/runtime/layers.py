@@ -1,7 +1,8 @@
 """Model layers whose matrix products go through `mlxq.ops`.
 
 On a GPU nothing is gained by going through `ops`, whose checks would cost as much as small kernels, so there each layer
-is `plain`: its superclass computes, unless `MLXQ_BACKEND` asks for a back end.
+is `plain`: its superclass computes, unless `MLXQ_BACKEND` asks for a back end. Layers of ggml blocks have no superclass
+that computes: they go through `ops` everywhere.
 
 They are subclasses of mlx's layers, so an architecture that asks `isinstance(m, nn.Linear)` or `"bias" in m` gets the
 answer it expects. They are made without mlx's constructors: those would draw random weights and quantize them.
@@ -19,12 +20,13 @@ from mlx.utils import tree_map_with_path
 from mlxq import ops
 from mlxq.architectures.registry import import_private
 from mlxq.formats.geometry import BLOCK_FORMATS, block_format
-from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE, Call, choose
+from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE, METAL_TYPES, call_on, choose
 from mlxq.runtime import attention
 from mlxq.types import FLOAT_BYTES, QuantSpec, TensorInfo
 
 _switch = import_private("models.switch_layers")
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
+_NAMES = {dtype: name for name, dtype in _FLOATS.items()}
 
 
 class Linear(nn.Linear):
@@ -146,7 +148,7 @@ class QuantizedSwitchLinear(_Quantized, _switch.QuantizedSwitchLinear):
 class BlockLayer(nn.Module):
     """What the layers share whose `weight` stays in ggml blocks, uint8 `[..., N, row_bytes]` of type `type_name`.
 
-    They are made for the CPU alone: on a GPU nothing computes with blocks (see `keeps_blocks`).
+    They are made where something computes with blocks (see `keeps_blocks`).
     """
 
     def __init__(self, layer: Any, type_name: str):
@@ -170,10 +172,13 @@ class BlockLinear(BlockLayer):
 
 
 class BlockEmbedding(BlockLayer):
-    """Rows of a matrix `[num_embeddings, row_bytes]`, decoded to float32."""
+    """Rows of a matrix `[num_embeddings, row_bytes]`, decoded to `compute_dtype`, or float32 where it is not set."""
+
+    compute_dtype: mx.Dtype | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
-        return ops.block_dequantize(self["weight"][x], type_name=self.type_name)
+        dtype = "F32" if self.compute_dtype is None else _NAMES[self.compute_dtype]
+        return ops.block_dequantize(self["weight"][x], type_name=self.type_name, dtype=dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Tied output projection: x `[..., dims]` -> `[..., num_embeddings]`."""
@@ -211,11 +216,15 @@ def keeps_blocks(info: TensorInfo, compact: bool = False) -> bool:
     grid is faster: for a row of x, two threads of mlx take 0.3 ns a weight of Q4_K, blocks 0.65. But its scales are
     float32: 6 bits a weight instead of 4.5.
 
-    Neither mlx nor a GPU has a kernel for blocks: where those compute, a type without a grid is decoded when loaded.
+    Where our Metal kernels compute, all stay whose type they know: nothing is converted, and a weight has the file's
+    bits. Elsewhere on a GPU nothing computes with blocks, nor does mlx: a type without a grid is decoded when loaded.
     """
-    if info.dtype in FLOAT_BYTES or info.dtype not in BLOCK_FORMATS or not attention.on_cpu():
+    if info.dtype in FLOAT_BYTES or info.dtype not in BLOCK_FORMATS:
         return False
-    return (compact or info.spec is None) and choose(Call("block_matmul", "cpu")) == "numpy"
+    backend = choose(call_on("mlx", "block_matmul", 1, info.dtype))
+    if backend == "metal":
+        return info.dtype in METAL_TYPES
+    return backend == "numpy" and attention.on_cpu() and (compact or info.spec is None)
 
 
 def install_layers(model: nn.Module, tensors: dict[str, TensorInfo], *, compact: bool = False) -> None:

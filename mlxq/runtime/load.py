@@ -107,8 +107,8 @@ def load(
 
     Parameters are evaluated before this returns, so a model loaded in one thread works in all. On the CPU activations
     are float32; on a GPU they have the model's own dtype (see `weights.default_compute_dtype`). Matrices of a GGUF file
-    whose type MLX's affine grids cannot hold (Q6_K, say) stay in their blocks on the CPU; on a GPU they are decoded to
-    the dtype of the activations.
+    stay in their blocks where something computes with them: on Apple's GPUs if their type has Metal kernels, on the
+    CPU if MLX's affine grids cannot hold it (Q6_K, say). Otherwise they become affine grids, or are decoded.
 
     Args:
         source: a directory (float, or quantized by MLX), a `.gguf` file, or a Hub id `org/name`.
@@ -118,7 +118,7 @@ def load(
 
     Raises:
         CheckpointError: the source is missing, damaged, of an unknown architecture, or has no tokenizer.
-        BackendError: `MLXQ_BACKEND` names no back end.
+        BackendError: `MLXQ_BACKEND` names no back end, or one that this machine does not have.
         Cancelled: through `cancel`.
     """
     # Refuses an unknown MLXQ_BACKEND before anything is read.

@@ -4,10 +4,11 @@ On a GPU parameters keep their stored dtype (a GGUF's get one, see `default_comp
 float32 except big float matrices: mlx's CPU kernels are 9 times slower in bfloat16 and 40 times in float16 than in
 float32, whereas `ops.matmul` widens a stored half-precision matrix while it is in the cache.
 
-Matrices in ggml blocks that are no affine grid (Q6_K, say) stay in their blocks on the CPU (`layers.keeps_blocks`).
-Where nothing computes with blocks, on a GPU or with `MLXQ_BACKEND=mlx`, they are decoded: on a GPU to the compute
-dtype, else to float32, or where memory does not allow that to float16, a relative error of 2^-12 at most, far below
-what the blocks lost.
+Matrices in ggml blocks stay in them where something computes with blocks (`layers.keeps_blocks`): on a GPU all whose
+type has Metal kernels, on the CPU those that are no affine grid (Q6_K, say). Where nothing does (a GPU without Metal,
+`MLXQ_BACKEND=mlx`, types without a kernel), those without a grid are decoded: on a GPU to the compute dtype, else to
+float32, or where memory does not allow that to float16, a relative error of 2^-12 at most, far below what the blocks
+lost.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.errors import CheckpointError
 from mlxq.formats.floats import all_finite
-from mlxq.runtime.layers import BlockLayer, Embedding, keeps_blocks
+from mlxq.runtime.layers import BlockEmbedding, BlockLayer, Embedding, keeps_blocks
 from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, TensorInfo
 
 #: Weights decoded at a time.
@@ -41,8 +42,11 @@ def default_compute_dtype(parameter_map: ParameterMap) -> mx.Dtype | None:
     they are cast. All is cast to the dtype that the model was made for, `torch_dtype` of its config: float16 would
     overflow in models made for bfloat16 (Gemma's activations exceed 65504). The scales of a GGUF are float16, though,
     with 3 bits more than bfloat16 keeps: rounded they would be other weights, and left as they are mlx would promote
-    each product. So a quantized GGUF of a bfloat16 model is computed in float32, scales and norms included: its
-    decoded weights stay exact, and nothing overflows.
+    each product. So a GGUF of a bfloat16 model, with affine grids in it, is computed in float32, scales and norms
+    included: its decoded weights stay exact, and nothing overflows. Matrices that stay in their blocks have no scales
+    but those that a kernel decodes in float32: a file that has nothing else is computed in bfloat16.
+
+    Called after `layers.install_layers`, which decides what stays in blocks.
     """
     if not on_accelerator():
         return mx.float32
@@ -50,7 +54,8 @@ def default_compute_dtype(parameter_map: ParameterMap) -> mx.Dtype | None:
     if checkpoint.kind != "gguf":
         return None
     dtype = _DTYPES.get(checkpoint.config.get("torch_dtype"), mx.float32)
-    quantized = any(info.spec is not None for info in parameter_map.tensors.values())
+    blocks = _block_weights(parameter_map.model, "")
+    quantized = any(i.spec is not None and i.name not in blocks for i in parameter_map.tensors.values())
     return mx.float32 if dtype == mx.bfloat16 and quantized else dtype
 
 
@@ -90,8 +95,7 @@ def load_parameters(
     start = f"{prefix}." if prefix else ""
     infos = [info for name, info in parameter_map.tensors.items() if name.startswith(start)]
     wanted = {start + name for name, _ in tree_flatten(module.parameters())}
-    kept = [path for path, part in module.named_modules() if isinstance(part, BlockLayer)]
-    in_blocks = {".".join(filter(None, (prefix, path, "weight"))) for path in kept}
+    in_blocks = _block_weights(module, prefix)
     nbytes = 0
     for done, info in enumerate(infos, 1):
         if cancel is not None:
@@ -133,6 +137,12 @@ def matrix_size(parameter_map: ParameterMap) -> int:
     return sum(i.size for i in floats if i.module in _MATRIX_KINDS)
 
 
+def _block_weights(module: nn.Module, prefix: str) -> set[str]:
+    """Names of the parameters that layers hold in ggml blocks; `prefix` is the module's path in the model."""
+    kept = [path for path, part in module.named_modules() if isinstance(part, BlockLayer)]
+    return {".".join(filter(None, (prefix, path, "weight"))) for path in kept}
+
+
 def _arrays(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, widen: bool) -> dict[str, mx.array]:
     if info.spec is not None:
         q = source.read_quantized(info.name)
@@ -167,6 +177,6 @@ def _finish(module: nn.Module, compute_dtype: mx.Dtype | None) -> None:
     """Evaluate buffers that are no parameters (rope frequencies, say), and tell embeddings their output dtype."""
     mx.eval([a for _, a in tree_flatten(module) if isinstance(a, mx.array)])
     for part in module.modules():
-        if isinstance(part, Embedding):
+        if isinstance(part, Embedding | BlockEmbedding):
             part.compute_dtype = compute_dtype
     module.eval()

@@ -28,7 +28,17 @@ from mlxq.ops.dispatch import Call, choose
         (Call("gather_quantized_matmul", "cpu", 8), "numpy"),
         (Call("matmul", "cpu", 1), "numpy"),
         (Call("block_matmul", "cpu", 1), "numpy"),
-        (Call("gather_block_matmul", "gpu", 1), "numpy"),
+        (Call("gather_block_matmul", "gpu", 1, "Q4_K"), "numpy"),
+        (Call("gather_block_matmul", "gpu", 1, "Q4_K", metal=True), "metal"),
+        (Call("block_matmul", "gpu", 512, "IQ4_XS", metal=True), "metal"),
+        (Call("block_dequantize", "gpu", 0, "Q8_0", metal=True), "metal"),
+        (Call("block_matmul", "gpu", 1, "IQ2_S", metal=True), "numpy"),
+        (Call("block_matmul", "cpu", 1, "Q4_K"), "numpy"),
+        (Call("quantized_matmul", "gpu", 1, metal=True), "mlx"),
+        (Call("gather_quantized_matmul", "gpu", 512, metal=True), "mlx"),
+        (Call("quantize", "gpu", metal=True), "mlx"),
+        (Call("dequantize", "gpu", metal=True), "mlx"),
+        (Call("matmul", "gpu", 1, metal=True), "mlx"),
     ],
 )
 def test_table(monkeypatch, call, backend):
@@ -39,10 +49,11 @@ def test_table(monkeypatch, call, backend):
 
 def test_every_row_of_the_table_is_reached_by_some_call():
     calls = [
-        Call(op, device, rows)
+        Call(op, device, rows, format, metal)
         for op in ("quantize", "dequantize", "matmul", "quantized_matmul", "block_matmul")
         for device in ("host", "host, mlx loaded", "cpu", "gpu")
         for rows in (1, 512)
+        for format, metal in (("affine", False), ("Q4_K", True))
     ]
     assert {dispatch.reason(call) for call in calls} == {row.reason for row in dispatch._TABLE}
 
@@ -70,12 +81,64 @@ def test_environment_and_argument_override_the_table(monkeypatch):
     assert (len(on_numpy), len(on_mlx)) == (2, 2)
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("cuda", ["MLXQ_BACKEND", "'cuda'", "numpy, mlx"]), ("metal", ["not in this version", "numpy, mlx"])],
-)
-def test_unknown_backends_are_refused(monkeypatch, name, words):
+def test_a_wrong_kernel_leaves_the_call_to_the_next_row():
+    assert choose(Call("block_matmul", "gpu", 1, "Q4_K", metal=True), without_metal=True) == "numpy"
+
+
+def test_types_with_kernels_are_said_once():
+    metal_blocks = pytest.importorskip("mlxq.ops.metal_blocks")
+    assert set(dispatch.METAL_TYPES) == set(metal_blocks.METAL_TYPES)
+
+
+@pytest.mark.parametrize("name", ["cuda", "Metal"])
+def test_unknown_backends_are_refused(monkeypatch, name):
     monkeypatch.setenv("MLXQ_BACKEND", name)
     with pytest.raises(BackendError) as error:
         ops.matmul(np.ones((1, 4), np.float32), np.ones((1, 4), np.float32))
-    assert all(word in str(error.value) for word in words)
+    assert all(word in str(error.value) for word in ["MLXQ_BACKEND", repr(name), "numpy, mlx, metal"])
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Counts attempts to launch a kernel."""
+    calls = []
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda **_: calls.append(1))
+    return calls
+
+
+@pytest.mark.parametrize("source", ["backend", "MLXQ_BACKEND"])
+@pytest.mark.parametrize("kind", ["numpy", "mlx"])
+def test_metal_is_refused_where_there_is_none(monkeypatch, launches, source, kind):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    backend = "metal" if source == "backend" else None
+    if backend is None:
+        monkeypatch.setenv("MLXQ_BACKEND", "metal")
+    x = np.ones((1, 32), np.float32)
+    blocks = np.zeros((1, 34), np.uint8)
+    if kind == "mlx":
+        x, blocks = mx.array(x), mx.array(blocks)
+    for call in (
+        lambda: ops.matmul(x, x, backend=backend),
+        lambda: ops.quantize(x, bits=4, group_size=32, backend=backend),
+        lambda: ops.block_matmul(x, blocks, type_name="Q8_0", backend=backend),
+        lambda: ops.block_dequantize(blocks, type_name="Q8_0", backend=backend),
+    ):
+        with pytest.raises(BackendError) as error:
+            call()
+        text = str(error.value)
+        assert all(words in text for words in (source, "Apple GPU", "numpy and mlx"))
+        assert "\n" not in text
+    assert not launches
+
+
+def test_metal_needs_the_gpu_as_default_device(monkeypatch):
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    try:
+        assert dispatch.launches_on_gpu()
+        assert not dispatch.metal_available()
+        monkeypatch.setattr(mx.fast, "metal_kernel", lambda **_: None)
+        assert dispatch.metal_available()
+    finally:
+        mx.set_default_device(device)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pretended_gpu import pretend_gpu
 from random_models import ZOO, save_random, stock_logits
 from tiny import make_model
 
@@ -39,20 +39,5 @@ def tiny(tiny_llama: Path) -> Any:
 
 @pytest.fixture
 def accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What runs on a GPU (dtypes as stored, mlx's own layers and attention, one token ahead), computed on the CPU."""
-    import mlxq.runtime.generate
-    import mlxq.runtime.load
-    import mlxq.runtime.memory  # noqa: F401
-
-    monkeypatch.delenv("MLXQ_BACKEND", raising=False)
-    answers = {
-        "on_accelerator": lambda: True,
-        "on_cpu": lambda: False,
-        "device_of": lambda kind: "gpu" if kind == "mlx" else "host, mlx loaded",
-    }
-    modules = [m for name, m in sys.modules.items() if name.startswith("mlxq.")]
-    for name, answer in answers.items():
-        users = [m for m in modules if callable(vars(m).get(name))]
-        assert users, f"nothing has {name} any more"
-        for module in users:
-            monkeypatch.setattr(module, name, answer)
+    """What runs on a GPU without Metal kernels (dtypes as stored, mlx's own layers, one token ahead), on the CPU."""
+    pretend_gpu(monkeypatch, metal=False)
