@@ -20,7 +20,8 @@ from mlx.utils import tree_map_with_path
 from mlxq import ops
 from mlxq.architectures.registry import import_private
 from mlxq.formats.geometry import BLOCK_FORMATS, block_format
-from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE, METAL_TYPES, call_on, choose
+from mlxq.ops import kernel_check
+from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE, METAL_TYPES, asked, call_on, choose
 from mlxq.runtime import attention
 from mlxq.types import FLOAT_BYTES, QuantSpec, TensorInfo
 
@@ -223,8 +224,18 @@ def keeps_blocks(info: TensorInfo, compact: bool = False) -> bool:
         return False
     backend = choose(call_on("mlx", "block_matmul", 1, info.dtype))
     if backend == "metal":
-        return info.dtype in METAL_TYPES
+        return info.dtype in METAL_TYPES and _computes(info)
     return backend == "numpy" and attention.on_cpu() and (compact or info.spec is None)
+
+
+def _computes(info: TensorInfo) -> bool:
+    """Whether this GPU multiplies blocks as the reference does; whoever asks for `metal` answers for it.
+
+    One dtype of x stands for all, the most common one: the others are checked when they are first used.
+    """
+    f = block_format(info.dtype)
+    blocks = kernel_check.Blocks(info.dtype, "F16", info.shape[-1] // f.block_size * f.type_size)
+    return bool(asked()) or kernel_check.passes("block_matmul", blocks, 1)
 
 
 def install_layers(model: nn.Module, tensors: dict[str, TensorInfo], *, compact: bool = False) -> None:
