@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-#: Weights of a tile. Two threads that search tiles of 2^16 wait for Python's lock more than they compute; from 2^19 on
-#: a thread alone is slower, since two arrays are more than the second-level cache (measured: two Xeon cores, 2 MiB).
-NUMPY_TILE = 1 << 18
+#: Weights of a tile. Threads that search small tiles wait for Python's lock more than they compute: a model of 226M
+#: weights in Q4_K_M took two of them 7.9 s with tiles of 2^17, 7.6 with 2^18, 6.6 with 2^19 and 5.5 with 2^20, although
+#: the arrays of a tile then leave the second-level cache (two Xeon cores, 2 MiB each).
+NUMPY_TILE = 1 << 20
 #: Weights transposed at a time: what is read, 1 KiB apart, stays in the first-level cache.
 _TRANSPOSED = 1 << 13
 #: On a GPU the arrays of a tile only have to fit in memory.
