@@ -27,8 +27,8 @@ TOLERANCE = {"F32": 1e-6, "F16": 5e-4, "BF16": 4e-3}
 #: Outputs of the products: not a multiple of any tile.
 _N = 37
 _EXPERTS = 3
-#: Rows of x, one number for each sort of kernel: a single row, few of them, tiles.
-_ROWS = {"one": 1, "few": 4, "many": 19}
+#: Sorts of kernels by the rows of x: up to how many each takes, and how many it is checked with. The last is tiled.
+_SORTS = {"1 row": (1, 1), "2 to 8 rows": (8, 4), "9 to 16 rows": (16, 12), "more rows": (None, 19)}
 #: Random blocks of which those are taken whose weights are of a common size.
 _POOL = 512
 _LEAST, _LARGEST = 2.0**-3, 2.0**3
@@ -52,7 +52,7 @@ class _Kernel(NamedTuple):
     n_blocks: int
 
     def __str__(self) -> str:
-        return f"{self.op} of {self.type_name}, {self.dtype}" + (f", {self.rows} rows" if self.rows == "many" else "")
+        return ", ".join(filter(None, (f"{self.op} of {self.type_name}", self.dtype, self.rows)))
 
 
 _verdicts: dict[_Kernel, bool] = {}
@@ -85,7 +85,9 @@ def _kernel(op: str, blocks: Blocks, rows: int) -> _Kernel:
     f = block_format(blocks.type_name)
     # An odd multiple: the largest power of two up to 16 that divides the bytes of a row stays what it is.
     n_blocks = gcd(blocks.row_bytes // f.type_size, 16) * (1 if f.block_size > 32 else 5)
-    sort = "" if op != "block_matmul" else "one" if rows == 1 else "few" if rows <= 16 else "many"
+    sort = ""
+    if op == "block_matmul":
+        sort = next(name for name, (most, _) in _SORTS.items() if most is None or rows <= most)
     return _Kernel(op, blocks.type_name, blocks.dtype, sort, n_blocks)
 
 
@@ -135,7 +137,7 @@ def _results(kernel: _Kernel) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     elif kernel.op == "block_matmul":
         blocks = _random_blocks(rng, type_name, (_N, kernel.n_blocks))
         w = ggml.dequantize(blocks, type_name).astype(np.float64)
-        x = _random_x(rng, (_ROWS[kernel.rows], w.shape[-1]), dtype)
+        x = _random_x(rng, (_SORTS[kernel.rows][1], w.shape[-1]), dtype)
         yield _wide(metal_blocks.block_matmul(to_mlx(x), to_mlx(blocks), type_name)), _wide(x) @ w.T
     else:
         blocks = _random_blocks(rng, type_name, (_EXPERTS, _N, kernel.n_blocks))
@@ -145,7 +147,8 @@ def _results(kernel: _Kernel) -> Iterator[tuple[np.ndarray, np.ndarray]]:
             experts = rng.integers(0, _EXPERTS, n).astype(np.uint32)
             x = _random_x(rng, (n, 1, w.shape[-1]), dtype)
             y = metal_blocks.gather_block_matmul(to_mlx(x), to_mlx(blocks), import_mlx().array(experts), type_name)
-            yield _wide(y), _wide(x) @ w[experts].swapaxes(1, 2)
+            with_all = (_wide(x)[:, 0] @ w.reshape(_EXPERTS * _N, -1).T).reshape(n, _EXPERTS, 1, _N)
+            yield _wide(y), with_all[np.arange(n), experts]
 
 
 def _random_blocks(rng: np.random.Generator, type_name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -155,11 +155,16 @@ def test_every_kernel_passes_its_check(checked, name):
             ("block_dequantize", "F32", 0),
             ("block_matmul", "F16", 1),
             ("block_matmul", "BF16", 3),
+            ("block_matmul", "F32", 16),
             ("block_matmul", "F32", 40),
             ("gather_block_matmul", "F32", 2),
         ]:
             assert kernel_check.passes(op, kernel_check.Blocks(name, dtype, row_bytes), rows)
     assert set(kernel_check._verdicts.values()) == {True}
+    if not checked.real:
+        # Every sort of kernel: for one row, few, tiles, and of experts one by one and in tiles.
+        sorts = {launched.split(f"_{name.lower()}_")[0] for launched in names(checked)}
+        assert sorts == {"ggml_dequantize", "ggml_qmv", "ggml_qmm", "ggml_gather_qmv", "ggml_gather_qmm"}
 
 
 def test_a_kernel_is_checked_once_and_then_used(checked):
@@ -189,7 +194,7 @@ def test_a_kernel_with_wrong_results_is_not_used(checked, monkeypatch, how):
     x, blocks = block_operands("Q5_K", M=4)
     w = ggml.dequantize(blocks, "Q5_K").astype(np.float64)
     chip = mx.device_info()["device_name"]
-    with pytest.warns(UserWarning, match="block_matmul of Q5_K, F32 is not used on") as told:
+    with pytest.warns(UserWarning, match="block_matmul of Q5_K, F32, 2 to 8 rows is not used on") as told:
         y = ops.block_matmul(mx.array(x), mx.array(blocks), type_name="Q5_K")
     assert close(y, x @ w.T)
     text = str(told[0].message)
@@ -216,7 +221,7 @@ def test_a_kernel_that_does_not_compile_is_not_used(checked, monkeypatch):
     metal_source._kernel.cache_clear()
     monkeypatch.setattr(metal_source, "header", lambda *a: original(*a) + "\nint broken( {\n")
     x, blocks = block_operands("Q3_K", M=1)
-    with pytest.warns(UserWarning, match="block_matmul of Q3_K, F32 is not used on") as told:
+    with pytest.warns(UserWarning, match="block_matmul of Q3_K, F32, 1 row is not used on") as told:
         y = ops.block_matmul(mx.array(x), mx.array(blocks), type_name="Q3_K")
     assert close(y, x @ ggml.dequantize(blocks, "Q3_K").astype(np.float64).T)
     assert "error: " in str(told[0].message)

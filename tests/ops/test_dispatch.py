@@ -131,6 +131,15 @@ def test_metal_is_refused_where_there_is_none(monkeypatch, launches, source, kin
     assert not launches
 
 
+def test_what_metal_does_not_compute_is_left_to_mlx(monkeypatch):
+    monkeypatch.setattr(dispatch, "metal_available", lambda: True)
+    monkeypatch.setenv("MLXQ_BACKEND", "metal")
+    # "encode" is asked for by `quantizers.ggml`.
+    asked_of_metal = {op: choose(Call(op, "gpu")) for op in ("matmul", "gather_matmul", "encode", "quantize")}
+    assert asked_of_metal == {"matmul": "mlx", "gather_matmul": "mlx", "encode": "mlx", "quantize": "metal"}
+    assert choose(Call("block_matmul", "gpu", 1, "Q4_K"), "numpy") == "numpy"
+
+
 def test_metal_needs_the_gpu_as_default_device(monkeypatch):
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     device = mx.default_device()
