@@ -7,9 +7,7 @@ from collections.abc import Callable, Sequence
 
 from mlxq.api import public
 from mlxq.conversion.job import ConversionResult, Job
-from mlxq.conversion.to_both import is_gguf, to_both
-from mlxq.conversion.to_gguf import GGUF_SUFFIX, GgufRequest, to_gguf
-from mlxq.conversion.to_mlx import to_mlx
+from mlxq.conversion.request import GGUF_SUFFIX, GgufRequest, is_gguf
 from mlxq.errors import PlanError
 from mlxq.plan.planner import Plan, PlanOptions
 from mlxq.types import CancelToken, ProgressCallback
@@ -82,6 +80,8 @@ def convert(
         _refuse({"--type": type}, "a GGUF file alone; the portable recipe takes --bits")
         options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact)
         request = GgufRequest(exact=True, pre=pre, modelfile=modelfile, as_stored=True)
+        from mlxq.conversion.to_both import to_both
+
         return to_both(job, outputs, options, request, imatrix)
     of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
@@ -90,11 +90,15 @@ def convert(
         if recipe == "portable":
             raise PlanError("--recipe portable makes an MLX directory first: name that with an --output of its own")
         _refuse(of_mlx, "an MLX directory; a GGUF file takes --type and --tensor-type REGEX=TYPE")
+        from mlxq.conversion.to_gguf import to_gguf
+
         return to_gguf(job, GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile))
     if recipe == "portable":
         del of_gguf["--imatrix"]
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")
     options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact)
+    from mlxq.conversion.to_mlx import to_mlx
+
     return to_mlx(job, options, imatrix)
 
 
@@ -132,6 +136,8 @@ def export(
     job = Job(source, output, revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
     if output is not None and not is_gguf(output):
         raise PlanError(f"{os.fspath(output)}: an export is a GGUF file: give it a name that ends in {GGUF_SUFFIX}")
+    from mlxq.conversion.to_gguf import to_gguf
+
     return to_gguf(job, GgufRequest(None, _patterns(tensor_types), None, exact, pre, modelfile, as_stored=True))
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.calibration.imatrix import ImportanceMatrix
-from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor
-from mlxq.checkpoint.gguf.names import to_gguf as gguf_name
 from mlxq.errors import CheckpointError, OutputError
 from mlxq.types import TensorPlan
+
+if TYPE_CHECKING:
+    from mlxq.calibration.imatrix import ImportanceMatrix
+    from mlxq.checkpoint.gguf.names import MappedTensor
 
 
 def read_importance(path: str | os.PathLike[str] | None, output: Path | None) -> ImportanceMatrix | None:
@@ -20,18 +22,23 @@ def read_importance(path: str | os.PathLike[str] | None, output: Path | None) ->
         return None
     if output is not None and output.exists() and os.path.exists(path) and output.samefile(path):
         raise OutputError(f"{output} is the importance matrix; choose another output")
+    from mlxq.calibration.imatrix import ImportanceMatrix
+
     return ImportanceMatrix.read(path)
 
 
-def gguf_names(parameters: ParameterMap, arch: GgufArchitecture) -> dict[str, MappedTensor]:
+def gguf_names(parameters: ParameterMap) -> dict[str, MappedTensor]:
     """Parameter -> its name in a GGUF file, under which importance matrices have it too.
 
     Raises:
-        CheckpointError: a parameter that the architecture has no name for.
+        CheckpointError: an architecture without a GGUF form, or a parameter that it has no name for.
     """
+    from mlxq.checkpoint.gguf.names import architecture_for, to_gguf
+
+    _, arch = architecture_for(parameters.checkpoint.config)
     names = {}
     for name in parameters.tensors:
-        mapped = gguf_name(arch, name)
+        mapped = to_gguf(arch, name)
         if mapped is None:
             raise CheckpointError(
                 f"{parameters.checkpoint.path}: {name} has no place in a GGUF file of the architecture {arch.name!r}"

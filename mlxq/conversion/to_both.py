@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.conversion.job import ConversionResult, Job
-from mlxq.conversion.to_gguf import GGUF_SUFFIX, GgufRequest, to_gguf
+from mlxq.conversion.request import GGUF_SUFFIX, GgufRequest, is_gguf
+from mlxq.conversion.to_gguf import to_gguf
 from mlxq.conversion.to_mlx import to_mlx
 from mlxq.errors import OutputError, PlanError, VerificationError
 from mlxq.plan.planner import PlanOptions
@@ -61,11 +62,6 @@ def to_both(
                 (second.path.parent / name).unlink(missing_ok=True)
         raise
     return result if job.dry_run else replace(result, gguf=second.path, gguf_plan=made[0].plan)
-
-
-def is_gguf(output: str | os.PathLike[str] | None) -> bool:
-    """Whether an output is named as a GGUF file."""
-    return output is not None and os.fspath(output).lower().endswith(GGUF_SUFFIX)
 
 
 def _compare(staged: Path, file: Path, first: Job, second: Job) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.conversion.request import MODELFILE, GgufRequest, manifest_name
 from mlxq.errors import CheckpointError, PlanError
 from mlxq.formats import crossings
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
@@ -31,27 +31,8 @@ from mlxq.writers.output_file import OutputFile
 from mlxq.writers.stream import WeightStream
 from mlxq.writers.weighting import Weighting
 
-GGUF_SUFFIX = ".gguf"
-MODELFILE = "Modelfile"
 #: Rows of scales that are looked at together.
 _ROWS = 1 << 14
-
-
-@dataclass(frozen=True)
-class GgufRequest:
-    """What was asked for of a GGUF file; see `mlxq.convert`. `as_stored` never quantizes."""
-
-    type: str | None = None
-    tensor_types: tuple[str, ...] = ()
-    imatrix: str | os.PathLike[str] | None = None
-    exact: bool = False
-    pre: str | None = None
-    modelfile: bool = False
-    as_stored: bool = False
-
-    def beside(self, path: Path) -> tuple[str, ...]:
-        """Names of the files that stand beside the GGUF file."""
-        return (_manifest_name(path), *((MODELFILE,) if self.modelfile else ()))
 
 
 def to_gguf(
@@ -73,7 +54,7 @@ def to_gguf(
             raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
         _, arch = architecture_for(checkpoint.config)
         parameters = ParameterMap(checkpoint)
-        names = gguf_names(parameters, arch)
+        names = gguf_names(parameters)
         plan = _plan(parameters, names, options, _model(checkpoint.config, arch), importance is not None)
         without = check_importance(importance, plan.tensors, names)
         # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.
@@ -98,7 +79,7 @@ def to_gguf(
             if request.modelfile:
                 stage.write(MODELFILE, ollama_modelfile(stage.path.name, metadata, checkpoint).encode())
             stage.write(
-                _manifest_name(stage.path),
+                manifest_name(stage.path),
                 manifest_json(
                     source=job.describe(checkpoint, digests.source),
                     options=job.options | dataclasses.asdict(request) | {"imatrix": _name(request.imatrix)},
@@ -118,10 +99,6 @@ def to_gguf(
 
 def _name(path: str | os.PathLike[str] | None) -> str | None:
     return None if path is None else Path(path).name
-
-
-def _manifest_name(path: Path) -> str:
-    return f"{path.stem}.mlxq.json"
 
 
 def _model(config: dict[str, Any], arch: GgufArchitecture) -> GgufModel:

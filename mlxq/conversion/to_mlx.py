@@ -10,7 +10,6 @@ from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
-from mlxq.checkpoint.gguf.names import architecture_for
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
@@ -51,7 +50,7 @@ def to_mlx(
             dropped=parameters.dropped,
             model_dtype=checkpoint.config.get("torch_dtype"),
         )
-        names = gguf_names(parameters, architecture_for(checkpoint.config)[1]) if importance else {}
+        names = gguf_names(parameters) if importance else {}
         without = check_importance(importance, plan.tensors, names)
         if job.on_plan:
             job.on_plan(plan)

@@ -16,7 +16,7 @@ from mlxq.formats import crossings, floats, rescaled
 from mlxq.plan.dtypes import narrows
 from mlxq.plan.planner import Plan
 from mlxq.plan.recoding import MOST_ADDED, RECODINGS
-from mlxq.quantizers import portable, rtn
+from mlxq.quantizers import rtn
 from mlxq.types import DTYPE_NAMES, QuantizedTensor, QuantSpec, TensorPlan
 from mlxq.writers.measured import MeasuredErrors, counted
 from mlxq.writers.safetensors import Entry, SafetensorsWriter
@@ -25,6 +25,8 @@ from mlxq.writers.weighting import Weighting
 
 def _quantize(w: np.ndarray, plan: TensorPlan, importance: np.ndarray | None) -> QuantizedTensor:
     if plan.method == "portable":
+        from mlxq.quantizers import portable
+
         return portable.quantize(w, plan.spec, plan.dtype, importance)
     return rtn.quantize(w, plan.spec, plan.dtype)
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlxq.calibration.imatrix import ImportanceMatrix
 from mlxq.types import TensorInfo
 from mlxq.writers.stream import CHUNK_WEIGHTS
+
+if TYPE_CHECKING:
+    from mlxq.calibration.imatrix import ImportanceMatrix
 
 
 class Weighting:
