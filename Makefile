@@ -16,8 +16,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/python examples/fetch_smollm2.py $(CACHE)
-	$(BIN)/mlxq convert $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf -o demo/smollm2-4bit --bits 4 --group-size 32 --overwrite
-	$(BIN)/mlxq generate demo/smollm2-4bit --prompt 'What is the capital of France?' --max-tokens 60 --temperature 0
+	$(BIN)/mlxq convert $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf --recipe portable -o demo/smollm2 -o demo/smollm2.gguf --overwrite
+	$(BIN)/mlxq verify demo/smollm2 demo/smollm2.gguf
+	$(BIN)/mlxq generate demo/smollm2 --prompt 'What is the capital of France?' --max-tokens 60 --temperature 0
 
 test: lint clang
 	$(BIN)/python examples/fetch_smollm2.py $(CACHE)
@@ -51,6 +52,9 @@ bench: $(STAMP)
 	$(BIN)/python bench/convert.py $(CACHE)/reference
 	$(BIN)/python bench/generate.py $(CACHE)/reference
 	$(BIN)/python bench/quality.py $(CACHE)/reference
+	$(BIN)/python bench/gguf_files.py $(CACHE)/reference --gguf $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
+	$(BIN)/python bench/encoders.py $(CACHE)/reference
+	$(BIN)/python bench/quality_gguf.py $(CACHE)/reference
 
 clean:
 	rm -rf $(VENV) $(CACHE)/metal_on_cpu build dist demo *.egg-info
