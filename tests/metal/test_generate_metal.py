@@ -54,6 +54,7 @@ def block_layers(model: mlxq.Model) -> list[layers.BlockLayer]:
     return [m for m in model.module.modules() if isinstance(m, layers.BlockLayer)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_name", METAL_TYPES)
 def test_logits_in_float32_are_those_of_decoded_weights(float32, tmp_path, type_name):
     path = write(tmp_path / "m.gguf", type_name, tied=type_name in ("Q6_K", "Q8_0"))
@@ -81,6 +82,7 @@ def test_on_a_gpu_blocks_are_held_as_they_are_stored(gpu, tmp_path, type_name):
         assert relative_error(logits, expected_logits(path, PROMPT[:3])) <= 4e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "Q4_0"])
 @pytest.mark.parametrize("where", ["gpu", "float32"])
 def test_experts(request, tmp_path, type_name, where):
@@ -136,6 +138,7 @@ def test_types_without_kernels_are_decoded(gpu, tmp_path):
     assert not gpu.launches
 
 
+@pytest.mark.slow
 def test_tokens_on_a_gpu_are_those_of_whole_passes(gpu, tmp_path):
     path = write(tmp_path / "m.gguf", "Q5_K", tied=True)
     with mlxq.load(path) as model:

@@ -92,7 +92,7 @@ def write(path, model, shapes):
     return path
 
 
-@pytest.mark.parametrize("with_imatrix", [False, True], ids=["plain", "imatrix"])
+@pytest.mark.parametrize("with_imatrix", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["plain", "imatrix"])
 @pytest.mark.parametrize("case", MODELS)
 def test_every_type_is_llama_cpps(tmp_path, case, with_imatrix):
     import cyllama_quantize

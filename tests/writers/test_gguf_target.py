@@ -56,6 +56,7 @@ def importance_of(path):
     return ImportanceMatrix(entries)
 
 
+@pytest.mark.slow
 def test_chunks_make_no_difference(tmp_path, original, monkeypatch):
     importance = importance_of(original)
     importance.write(tmp_path / "m.dat.gguf")
