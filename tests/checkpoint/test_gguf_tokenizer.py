@@ -64,6 +64,7 @@ def write_bpe(path, pre, merges, **numbers):
     return write_llama(path, weights, configure=lambda w: add_byte_tokenizer(w, pre, merges), **numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", DISTINCT)
 def test_every_way_of_splitting(tmp_path, merges, pre):
     assert_ids_equal(write_bpe(tmp_path / "m.gguf", pre, merges), TEXTS + fuzz(400))
