@@ -12,8 +12,8 @@ rows of x (one, mostly) and K types not even float weights are made:
   scale multiplies the sum instead of every weight.
 
 Measured with one row of x on a Xeon core that was not idle, in ns a weight: Q6_K 0.75, Q4_K 0.65 (float16 weights 1.1;
-decoding alone, by `formats.ggml`, 1.8). Two threads were no
-faster on a machine that was not idle: steps of 10 us hand the interpreter's lock to and fro.
+decoding alone, by `formats.ggml`, 1.8). Two threads were no faster there: steps of 10 us hand the interpreter's lock to
+and fro.
 """
 
 from __future__ import annotations
