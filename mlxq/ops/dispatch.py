@@ -19,7 +19,7 @@ Backend = Literal["numpy", "mlx", "metal"]
 
 BACKENDS: tuple[Backend, ...] = ("numpy", "mlx", "metal")
 ENVIRONMENT_VARIABLE = "MLXQ_BACKEND"
-#: ggml types that the Metal kernels know: `ops.metal_blocks.METAL_TYPES`, said here for those who have no mlx.
+#: ggml types that the Metal kernels (`ops.metal_blocks`) know; said here, where mlx is not imported.
 METAL_TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),

@@ -21,13 +21,9 @@ from mlxq.errors import BackendError
 from mlxq.formats.geometry import block_format
 from mlxq.ops import validation
 from mlxq.ops.arrays import describe, mlx_dtype
+from mlxq.ops.dispatch import METAL_TYPES
 from mlxq.ops.metal_source import kernel, kernel_name
 
-#: ggml types that have kernels.
-METAL_TYPES = (
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
-)
 #: Rows of x that `ggml_qmv` takes at once.
 MAX_VECTOR_ROWS = 16
 
