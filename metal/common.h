@@ -21,9 +21,47 @@ MLXQ_FUNC float4 load4(const device T* p) {
   return float4(float(v.x), float(v.y), float(v.z), float(v.w));
 }
 
+/// Rows of x whose columns are taken in another order: column k of a product is column `order[k]` of x. An index past
+/// column `last` reads that one.
+template <typename T>
+struct Permuted {
+  const device T* x;
+  const device int* order;
+  uint last;
+};
+
+/// Column k on.
+template <typename T, typename I>
+MLXQ_FUNC Permuted<T> operator+(Permuted<T> p, I k) {
+  return {p.x, p.order + k, p.last};
+}
+
+template <typename T, typename I>
+MLXQ_FUNC void operator+=(thread Permuted<T>& p, I k) {
+  p.order += k;
+}
+
+/// x, `n` values further in memory: other rows.
+template <typename T, typename I>
+MLXQ_FUNC const device T* rows_at(const device T* x, I n) {
+  return x + n;
+}
+
+template <typename T, typename I>
+MLXQ_FUNC Permuted<T> rows_at(Permuted<T> p, I n) {
+  return {p.x + n, p.order, p.last};
+}
+
+template <typename T>
+MLXQ_FUNC float4 load4(Permuted<T> p) {
+  const int4 at = *(const device int4*)p.order;
+  return float4(float(p.x[min(uint(at.x), p.last)]), float(p.x[min(uint(at.y), p.last)]),
+                float(p.x[min(uint(at.z), p.last)]), float(p.x[min(uint(at.w), p.last)]));
+}
+
 /// `n` values, `n` a multiple of four and `p` aligned to four values, widened to float.
-template <int n, typename T>
-MLXQ_FUNC void load_floats(const device T* p, thread float* out) {
+template <int n, typename P>
+MLXQ_FUNC void load_floats(P p, thread float* out) {
   MLXQ_UNROLL
   for (int i = 0; i < n; i += 4) {
     const float4 v = load4(p + i);

@@ -69,8 +69,8 @@ MLXQ_FUNC int ggml_place(int i, int j) {
 }
 
 /// x for a share, divided by the powers of two by which codes are too large. `sums` are those of the groups, undivided.
-template <typename Q, typename T>
-MLXQ_FUNC void ggml_load_x(const device T* x, int share, thread float* v, thread float* sums) {
+template <typename Q, typename P>
+MLXQ_FUNC void ggml_load_x(P x, int share, thread float* v, thread float* sums) {
   MLXQ_UNROLL
   for (int g = 0; g < Q::groups; g++) {
     sums[g] = 0.0f;
@@ -129,8 +129,8 @@ MLXQ_FUNC float ggml_dot(const threadgroup uchar* block, int share, thread const
 }
 
 /// The products of a share of ROWS rows with M rows of x: every weight is decoded once.
-template <typename Q, int M, int ROWS, typename T>
-MLXQ_FUNC void ggml_dots(const threadgroup uchar* const thread* blocks, int at, int share, const device T* x, int K,
+template <typename Q, int M, int ROWS, typename P>
+MLXQ_FUNC void ggml_dots(const threadgroup uchar* const thread* blocks, int at, int share, P x, int K,
                          thread float (*acc)[ROWS]) {
   float scale[ROWS][Q::groups], minimum[ROWS][Q::groups];
   MLXQ_UNROLL
@@ -146,7 +146,7 @@ MLXQ_FUNC void ggml_dots(const threadgroup uchar* const thread* blocks, int at, 
     }
     MLXQ_UNROLL
     for (int m = 0; m < M; m++) {
-      const device T* octet = x + ulong(m) * ulong(K) + 8 * Q::octet(share, j);
+      const P octet = rows_at(x, ulong(m) * ulong(K)) + 8 * Q::octet(share, j);
       const float4 a = load4(octet), b = load4(octet + 4);
       MLXQ_UNROLL
       for (int r = 0; r < ROWS; r++) {
@@ -165,9 +165,9 @@ MLXQ_FUNC void ggml_dots(const threadgroup uchar* const thread* blocks, int at, 
 
 /// y[M, N] = x[M, K] @ w[N, K].T; grid x counts threadgroups of 2 * ROWS outputs.
 ///
-/// x, w, y: one matrix each. `room`: `ggml_qmv_room` pieces of 16 bytes.
-template <typename T, typename Q, int M, int ROWS, int STEPS, int WIDTH>
-MLXQ_FUNC void ggml_qmv(const device T* x, const device uchar* w, device T* y, int K, int N, threadgroup uint4* room,
+/// x, w, y: one matrix each; x a pointer or `Permuted`. `room`: `ggml_qmv_room` pieces of 16 bytes.
+template <typename T, typename Q, int M, int ROWS, int STEPS, int WIDTH, typename P>
+MLXQ_FUNC void ggml_qmv(P x, const device uchar* w, device T* y, int K, int N, threadgroup uint4* room,
                         uint group, uint simdgroup, uint lane) {
   constexpr int slot = ggml_slot<Q, STEPS>(), chunk = GGML_STEP / Q::block * STEPS;
   threadgroup uchar* slots = (threadgroup uchar*)room + simdgroup * (ROWS * slot);
@@ -201,7 +201,7 @@ MLXQ_FUNC void ggml_qmv(const device T* x, const device uchar* w, device T* y, i
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int i = int(lane); i < count * Q::shares; i += SIMD_LANES) {
       const int block = i / Q::shares, share = i % Q::shares;
-      const device T* part = x + ulong(start + block) * Q::block;
+      const P part = x + ulong(start + block) * Q::block;
       if constexpr (M == 1) {
         float v[32], sums[Q::groups];
         ggml_load_x<Q>(part, share, v, sums);
