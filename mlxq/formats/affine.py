@@ -25,7 +25,7 @@ import numpy as np
 
 from mlxq.errors import FormatError
 from mlxq.formats.floats import dtype_of, from_float32, to_float32
-from mlxq.formats.geometry import packed_words, validate_width
+from mlxq.formats.geometry import OPS_GROUP_SIZES, PACKED_CODES, packed_words, validate_width
 
 #: Weights worked on at a time, so that temporaries stay in the second-level cache.
 _CHUNK = 1 << 16
@@ -44,7 +44,7 @@ def choose_qparams(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarra
     Args:
         w: `[..., K]` in storage of F32, F16 or BF16 (uint16 bits).
         bits: 2, 3, 4, 5, 6 or 8.
-        group_size: 32, 64 or 128, dividing `K`.
+        group_size: 16, 32, 64 or 128, dividing `K`; `K` a multiple of 32.
 
     Returns:
         scales, biases: float32 `[..., K // group_size]`.
@@ -52,7 +52,7 @@ def choose_qparams(w: np.ndarray, bits: int, group_size: int) -> tuple[np.ndarra
     Raises:
         FormatError: illegal bits or group size, or weights that are not finite.
     """
-    validate_width(w.shape[-1], bits, group_size)
+    validate_width(w.shape[-1], bits, group_size, OPS_GROUP_SIZES)
     lead, n_groups = w.shape[:-1], w.shape[-1] // group_size
     w_min, w_max = _group_range(w.reshape(-1, group_size), dtype_of(w))
     if not (np.isfinite(w_min).all() and np.isfinite(w_max).all()):
@@ -85,7 +85,7 @@ def quantize(w: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: int, g
     Raises:
         FormatError: illegal bits or group size, or shapes that disagree.
     """
-    validate_width(w.shape[-1], bits, group_size)
+    validate_width(w.shape[-1], bits, group_size, OPS_GROUP_SIZES)
     _check_grid("quantize", w.shape, scales, biases, group_size)
     dtype = dtype_of(w)
     scale, bias = _grid_columns(scales, biases)
@@ -118,7 +118,7 @@ def dequantize(codes: np.ndarray, scales: np.ndarray, biases: np.ndarray, bits: 
     Raises:
         FormatError: illegal bits or group size, or shapes or dtypes that disagree.
     """
-    validate_width(codes.shape[-1], bits, group_size)
+    validate_width(codes.shape[-1], bits, group_size, OPS_GROUP_SIZES)
     _check_grid("dequantize", codes.shape, scales, biases, group_size)
     dtype = dtype_of(scales)
     if dtype_of(biases) != dtype:
@@ -204,8 +204,8 @@ _LANES = tuple((width, _lane_mask(width, width)) for width in (8, 16, 32))
 
 def _check_row(K: int, bits: int) -> int:
     words = packed_words(K, bits)
-    if K % 32:
-        raise FormatError(f"rows are packed 32 codes at a time, but the row has {K}")
+    if K % PACKED_CODES:
+        raise FormatError(f"rows are packed {PACKED_CODES} codes at a time, but the row has {K}")
     return words
 
 

@@ -14,9 +14,14 @@ from math import prod
 from mlxq.errors import FormatError
 from mlxq.types import FLOAT_BYTES, QuantSpec
 
-#: Bits per code and weights per group that `mx.quantize(mode="affine")` packs and every MLX reader understands.
+#: Bits per code and weights per group that `mx.quantize(mode="affine")` packs and every MLX reader understands: what a
+#: file may hold.
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
+#: Weights per group that our own operations compute with. mlx has no kernels for 16.
+OPS_GROUP_SIZES = (16, *AFFINE_GROUP_SIZES)
+#: Rows are packed so many codes at a time: the fewest that fill words, whatever their bits.
+PACKED_CODES = 32
 
 
 @dataclass(frozen=True)
@@ -86,32 +91,39 @@ def block_format(name: str | int) -> BlockFormat:
     return found
 
 
-def validate_affine(bits: int, group_size: int) -> None:
+def validate_affine(bits: int, group_size: int, legal: Sequence[int] = AFFINE_GROUP_SIZES) -> None:
     """Check bits and group size against the table.
+
+    Args:
+        legal: group sizes: `AFFINE_GROUP_SIZES` of files, or `OPS_GROUP_SIZES`.
 
     Raises:
         FormatError: not legal, or no integer; the message lists the legal values.
     """
     _validate_bits(bits)
-    if type(group_size) is not int or group_size not in AFFINE_GROUP_SIZES:
-        raise FormatError(f"affine group_size must be one of {_listed(AFFINE_GROUP_SIZES)}, got {group_size!r}")
+    if type(group_size) is not int or group_size not in legal:
+        raise FormatError(f"affine group_size must be one of {_listed(legal)}, got {group_size!r}")
 
 
-def validate_width(K: int, bits: int, group_size: int) -> None:
-    """Check that rows of `K` weights can be quantized with these bits and groups.
+def validate_width(K: int, bits: int, group_size: int, legal: Sequence[int] = AFFINE_GROUP_SIZES) -> None:
+    """Check that rows of `K` weights can be quantized with these bits and groups (`legal` as in `validate_affine`).
 
     Raises:
-        FormatError: illegal bits or group size, or `K` is not a positive multiple of the group size.
+        FormatError: illegal bits or group size, or `K` is not a positive multiple of the group size and of 32.
     """
-    validate_affine(bits, group_size)
+    validate_affine(bits, group_size, legal)
     if K <= 0 or K % group_size:
         best = largest_group(K, group_size)
         hint = f"; group_size {best} divides it" if best else "; no legal group size divides it, keep it float"
         raise FormatError(f"a row of {K} weights does not divide into groups of {group_size}{hint}")
+    if K % PACKED_CODES:
+        raise FormatError(
+            f"groups of {group_size} come in pairs, a row being packed {PACKED_CODES} codes at a time: got {K}"
+        )
 
 
 def largest_group(K: int, preferred: int) -> int | None:
-    """Largest legal group size that is at most `preferred` and divides `K`, or None."""
+    """Largest group size of files that is at most `preferred` and divides `K`, or None."""
     fits = [g for g in AFFINE_GROUP_SIZES if g <= preferred and K > 0 and K % g == 0]
     return max(fits, default=None)
 

@@ -2,7 +2,8 @@
 
 Every function takes NumPy arrays (uint16 holds bfloat16 bits) or mlx arrays, and returns the kind of its first
 argument. `backend` is `numpy`, `mlx`, `metal`, or None: then `MLXQ_BACKEND` decides, or the table in
-`mlxq.ops.dispatch`. With NumPy arrays and the NumPy back end mlx is not imported.
+`mlxq.ops.dispatch`. Products of mlx arrays are differentiable with respect to x, whatever computes them. With NumPy
+arrays and the NumPy back end mlx is not imported.
 
 All of them raise `FormatError` when bits, group size, shapes or dtypes break a rule, and `BackendError` for a back
 end that is unknown, not installed, or cannot do what it was asked for (`metal` off a Mac, or for a ggml type without
@@ -20,8 +21,10 @@ from mlxq.api import public
 from mlxq.errors import FormatError
 from mlxq.formats.floats import all_finite
 from mlxq.ops import kernel_check, validation
-from mlxq.ops.arrays import Kind, describe, import_mlx, indices_to_kind, to_kind
-from mlxq.ops.dispatch import asked, call_on, choose
+from mlxq.ops.arrays import Kind, Operand, describe, import_mlx, indices_to_kind, to_kind
+from mlxq.ops.choices import Product
+from mlxq.ops.dispatch import Backend, Call, asked, call_on, choose
+from mlxq.ops.kernel_cases import Affine, Blocks
 
 __all__ = [
     "block_dequantize",
@@ -43,7 +46,7 @@ def quantize(w: Any, *, bits: int, group_size: int, mode: str = "affine", backen
     Args:
         w: float `[..., N, K]`, `K` a multiple of `group_size`, finite; that NumPy arrays are is checked.
         bits: 2, 3, 4, 5, 6 or 8.
-        group_size: 32, 64 or 128.
+        group_size: 16, 32, 64 or 128; `K` is a multiple of 32. mlx has no groups of 16: NumPy or Metal compute them.
         mode: `affine`.
 
     Returns:
@@ -53,7 +56,8 @@ def quantize(w: Any, *, bits: int, group_size: int, mode: str = "affine", backen
     validation.quantize(described, bits, group_size, mode)
     if described.kind == "numpy" and not all_finite(w):
         raise FormatError(f"quantize: a weight is NaN or infinite; w.shape == {w.shape}")
-    run, kind = _backend("quantize", described.kind, 0, backend)
+    how = Affine(bits, group_size, "", described.dtype, described.shape[-1])
+    run, kind = _affine_backend("quantize", described.kind, 0, backend, how)
     # NumPy arrays get the same codes on every machine, unless the Metal kernel is asked for.
     on_cpu = described.kind == "numpy" and getattr(run, "quantize_on_cpu", None)
     compute = on_cpu or run.quantize
@@ -86,7 +90,7 @@ def dequantize(
     described = [describe(op, name, a) for name, a in (("w_q", w_q), ("scales", scales), ("biases", biases))]
     validation.dequantize(*described, bits, group_size, mode, dtype)
     own = described[0].kind
-    run, kind = _backend(op, own, 0, backend)
+    run, kind = _affine_backend(op, own, 0, backend, _affine("", described[1], bits, group_size))
     packed = [to_kind(a, kind) for a in (w_q, scales, biases)]
     return to_kind(run.dequantize(*packed, bits, group_size, dtype), own)
 
@@ -118,7 +122,8 @@ def quantized_matmul(
     described = [describe(op, name, a) for name, a in named]
     rows = validation.quantized_matmul(*described, transpose, bits, group_size, mode)
     own = described[0].kind
-    run, kind = _backend(op, own, rows, backend)
+    how = _affine(described[0].dtype, described[2], bits, group_size, transpose)
+    run, kind = _affine_backend(op, own, rows, backend, how)
     arrays = [to_kind(a, kind) for _, a in named]
     return to_kind(run.quantized_matmul(*arrays, transpose, bits, group_size), own)
 
@@ -154,7 +159,8 @@ def gather_quantized_matmul(
     described = [describe(op, name, a) for name, a in (*named, ("rhs_indices", rhs_indices))]
     rows = validation.gather_quantized_matmul(*described, transpose, bits, group_size, mode)
     own = described[0].kind
-    run, kind = _backend(op, own, rows, backend)
+    how = _affine(described[0].dtype, described[2], bits, group_size, transpose)
+    run, kind = _affine_backend(op, own, rows, backend, how, experts=w_q.shape[0])
     arrays = [to_kind(a, kind) for _, a in named]
     indices = indices_to_kind(rhs_indices, kind)
     return to_kind(run.gather_quantized_matmul(*arrays, indices, transpose, bits, group_size, sorted_indices), own)
@@ -201,7 +207,7 @@ def block_dequantize(blocks: Any, *, type_name: str, dtype: str = "F32", backend
     op = "block_dequantize"
     described = describe(op, "blocks", blocks)
     validation.block_dequantize(described, type_name, dtype)
-    run, kind = _block_backend(op, described.kind, 0, backend, kernel_check.Blocks(type_name, dtype, blocks.shape[-1]))
+    run, kind = _block_backend(op, described.kind, 0, backend, Blocks(type_name, dtype, blocks.shape[-1]))
     return to_kind(run.block_dequantize(to_kind(blocks, kind), type_name, dtype), described.kind)
 
 
@@ -219,7 +225,7 @@ def block_matmul(x: Any, blocks: Any, *, type_name: str, backend: str | None = N
     op = "block_matmul"
     described = describe(op, "x", x)
     rows = validation.block_matmul(described, describe(op, "blocks", blocks), type_name)
-    how = kernel_check.Blocks(type_name, described.dtype, blocks.shape[-1])
+    how = Blocks(type_name, described.dtype, blocks.shape[-1])
     run, kind = _block_backend(op, described.kind, rows, backend, how)
     return to_kind(run.block_matmul(to_kind(x, kind), to_kind(blocks, kind), type_name), described.kind)
 
@@ -239,31 +245,66 @@ def gather_block_matmul(
     described = [describe(op, name, a) for name, a in (("x", x), ("blocks", blocks), ("rhs_indices", rhs_indices))]
     own = described[0].kind
     rows = validation.gather_block_matmul(*described, type_name)
-    how = kernel_check.Blocks(type_name, described[0].dtype, blocks.shape[-1])
+    how = Blocks(type_name, described[0].dtype, blocks.shape[-1])
     run, kind = _block_backend(op, own, rows, backend, how)
     arrays = to_kind(x, kind), to_kind(blocks, kind), indices_to_kind(rhs_indices, kind)
     return to_kind(run.gather_block_matmul(*arrays, type_name, sorted_indices), own)
 
 
 def _backend(op: str, own: Kind, rows: int, backend: str | None) -> tuple[ModuleType, Kind]:
-    """The module that computes a call on affine or float weights, and the kind of arrays it takes."""
+    """The module that computes a call on float weights, and the kind of arrays it takes."""
     name = choose(call_on(own, op, rows), backend)
-    return _module(f"{name}_backend"), _kind(name)
+    return _computing(f"{name}_backend", own, op, backend)
 
 
-def _block_backend(
-    op: str, own: Kind, rows: int, backend: str | None, blocks: kernel_check.Blocks
+def _affine_backend(
+    op: str, own: Kind, rows: int, backend: str | None, how: Affine, experts: int = 0
 ) -> tuple[ModuleType, Kind]:
-    """The same for ggml blocks; a Metal kernel that the table chose is checked when it is first used."""
-    call = call_on(own, op, rows, blocks.type_name)
+    """The same for affine weights."""
+    # What `mlxq bench --kernels` measures: products with the transposed weights, in one dtype.
+    product = None
+    if own == "mlx" and how.transpose and how.dtype == how.scales_dtype:
+        product = Product(how.bits, how.group_size, how.dtype, how.N, how.K, experts)
+    name = _checked(call_on(own, op, rows, group_size=how.group_size, product=product), backend, how)
+    return _computing(f"{name}_backend", own, op, backend)
+
+
+def _block_backend(op: str, own: Kind, rows: int, backend: str | None, blocks: Blocks) -> tuple[ModuleType, Kind]:
+    """The same for ggml blocks."""
+    name = _checked(call_on(own, op, rows, blocks.type_name), backend, blocks)
+    return _computing("metal_blocks" if name == "metal" else f"{name}_backend", own, op, backend)
+
+
+def _checked(call: Call, backend: str | None, weights: Affine | Blocks) -> Backend:
+    """The back end of a call; a Metal kernel that the table chose is checked when it is first used."""
     name = choose(call, backend)
-    if name == "metal" and not asked(backend) and not kernel_check.passes(op, blocks, rows):
-        name = choose(call, without_metal=True)
-    return _module("metal_blocks" if name == "metal" else f"{name}_backend"), _kind(name)
+    if name == "metal" and not asked(backend) and not kernel_check.passes(call.op, weights, call.rows):
+        return choose(call, without_metal=True)
+    return name
 
 
-def _kind(name: str) -> Kind:
-    return "numpy" if name == "numpy" else "mlx"
+def _affine(dtype: str, scales: Operand, bits: int, group_size: int, transpose: bool = True) -> Affine:
+    """What a kernel on affine weights is made for; `dtype` is that of x."""
+    N = scales.shape[-2] if dtype else 0
+    return Affine(bits, group_size, dtype, scales.dtype, scales.shape[-1] * group_size, N, transpose)
+
+
+def _computing(module: str, own: Kind, op: str, backend: str | None) -> tuple[ModuleType | Any, Kind]:
+    """A back end for arrays of a kind: of products with mlx arrays one that has gradients."""
+    kind: Kind = "numpy" if module == "numpy_backend" else "mlx"
+    if own == "mlx" and module != "mlx_backend" and op.endswith("matmul"):
+        return _differentiable(module, kind, backend), own
+    return _module(module), kind
+
+
+@cache
+def _differentiable(module: str, kind: Kind, backend: str | None) -> Any:
+    from mlxq.ops.gradients import Differentiable
+
+    def decode(blocks: Any, type_name: str) -> Any:
+        return block_dequantize(blocks, type_name=type_name, backend=backend)
+
+    return Differentiable(_module(module), kind, decode)
 
 
 @cache

@@ -1,20 +1,17 @@
 """The operations on affine weights by the project's own Metal kernels (`metal/affine*.h`), on mlx's default device.
 
 The functions have the signatures of `mlxq.ops.mlx_backend`, and check their arguments before a launch, so that no
-kernel sees shapes it was not made for. Groups of 16, which mlx refuses, are legal here. Which kernel computes a product
-is `mlxq.ops.metal_affine.choose_product`.
+kernel sees shapes it was not made for. Which kernel computes a product is `mlxq.ops.metal_affine.choose_product`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import prod
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from mlxq.errors import BackendError, FormatError
+from mlxq.errors import BackendError
 from mlxq.ops import validation
 from mlxq.ops.arrays import Operand, describe, mlx_dtype
 from mlxq.ops.metal_affine import SIMD, Weights, blocks_of, launch_gather, launch_product, launch_sorted
@@ -27,11 +24,12 @@ _THREADS = 256
 #: Codes that a thread of `affine_dequantize` reads (`affine_dequantize_run` in metal/affine_quantize.h).
 _DEQUANTIZE_RUN = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 8}
 _PACKED = ("w_q", "scales", "biases")
+_MODE = "affine"
 
 
 def quantize(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
     """The codes, scales and biases of mlx's Metal kernel; arguments and result as in `mlxq.ops.quantize`."""
-    _check_quantize(_operands("quantize", w=w)[0], bits, group_size)
+    validation.quantize(*_operands("quantize", w=w), bits, group_size, _MODE)
     K = w.shape[-1]
     packed, groups = (*w.shape[:-1], K * bits // 32), (*w.shape[:-1], K // group_size)
     if not w.size:
@@ -61,7 +59,7 @@ def dequantize(
 ) -> mx.array:
     """`w_hat`, rounded as `mx.dequantize` rounds on the CPU; arguments and result as in `mlxq.ops.dequantize`."""
     operands = _operands("dequantize", w_q=w_q, scales=scales, biases=biases)
-    _check(validation.dequantize, operands, (), bits, group_size, dtype)
+    validation.dequantize(*operands, bits, group_size, _MODE, dtype)
     shape = (*scales.shape[:-1], scales.shape[-1] * group_size)
     if not w_q.size:
         return mx.zeros(shape, mlx_dtype(dtype) if dtype else scales.dtype)
@@ -86,24 +84,16 @@ def dequantize(
 def quantized_matmul(
     x: mx.array, w_q: mx.array, scales: mx.array, biases: mx.array, transpose: bool, bits: int, group_size: int
 ) -> mx.array:
-    """`x @ w_hat.T`, or `x @ w_hat`, differentiable with respect to x; as `mlxq.ops.quantized_matmul`."""
+    """`x @ w_hat.T`, or `x @ w_hat`; as `mlxq.ops.quantized_matmul`."""
     operands = _operands("quantized_matmul", x=x, w_q=w_q, scales=scales, biases=biases)
-    M = _check(validation.quantized_matmul, operands, (transpose,), bits, group_size)
+    M = validation.quantized_matmul(*operands, transpose, bits, group_size, _MODE)
     weights = Weights(w_q.shape[0], scales.shape[1] * group_size, bits, group_size)
     inner, columns = (weights.K, weights.N) if transpose else (weights.N, weights.K)
     dtype = _promoted(x, scales)
     if not (x.size and w_q.size):
         return mx.zeros((*x.shape[:-1], columns), dtype)
-
-    def product(x: mx.array) -> mx.array:
-        y = launch_product(x.reshape(M, inner), (w_q, scales, biases), weights, transpose, dtype)
-        return y.reshape(*x.shape[:-1], columns)
-
-    def gradient(cotangent: mx.array) -> mx.array:
-        back = quantized_matmul(cotangent, w_q, scales, biases, not transpose, bits, group_size)
-        return back.astype(x.dtype)
-
-    return _differentiable(product, gradient)(x)
+    y = launch_product(x.reshape(M, inner), (w_q, scales, biases), weights, transpose, dtype)
+    return y.reshape(*x.shape[:-1], columns)
 
 
 def gather_quantized_matmul(
@@ -117,10 +107,10 @@ def gather_quantized_matmul(
     group_size: int,
     sorted_indices: bool,
 ) -> mx.array:
-    """Products with chosen matrices of a stack, differentiable with respect to x; as
-    `mlxq.ops.gather_quantized_matmul`. An index past the stack chooses its last matrix."""
+    """Products with chosen matrices of a stack; as `mlxq.ops.gather_quantized_matmul`. An index past the stack chooses
+    its last matrix."""
     operands = _operands("gather_quantized_matmul", x=x, w_q=w_q, scales=scales, biases=biases, rhs_indices=rhs_indices)
-    _check(validation.gather_quantized_matmul, operands, (transpose,), bits, group_size)
+    validation.gather_quantized_matmul(*operands, transpose, bits, group_size, _MODE)
     weights = Weights(w_q.shape[1], scales.shape[2] * group_size, bits, group_size)
     columns = weights.N if transpose else weights.K
     dtype = _promoted(x, scales)
@@ -131,39 +121,9 @@ def gather_quantized_matmul(
     experts = mx.broadcast_to(rhs_indices.astype(mx.uint32), batch).reshape(-1)
     tiled = sorted_indices and transpose and x.shape[:-2] == batch and x.shape[-2] == 1
     packed = (w_q, scales, biases)
-
-    def product(x: mx.array) -> mx.array:
-        if tiled and experts.size >= MIN_SORTED_ROWS:
-            return launch_sorted(x.reshape(-1, x.shape[-1]), packed, experts, weights, dtype).reshape(shape)
-        return launch_gather(x, packed, experts, weights, transpose, batch, dtype).reshape(shape)
-
-    def gradient(cotangent: mx.array) -> mx.array:
-        back = gather_quantized_matmul(cotangent, *packed, rhs_indices, not transpose, bits, group_size, sorted_indices)
-        return _summed_to(back, x.shape).astype(x.dtype)
-
-    return _differentiable(product, gradient)(x)
-
-
-def _differentiable(
-    product: Callable[[mx.array], mx.array], gradient: Callable[[mx.array], mx.array]
-) -> Callable[[mx.array], mx.array]:
-    """`product` of x with its gradient: mlx cannot differentiate a kernel. Weights are constants."""
-    function = mx.custom_function(product)
-
-    @function.vjp
-    def vjp(primals: Any, cotangent: mx.array, output: mx.array) -> mx.array:
-        return gradient(cotangent)
-
-    return function
-
-
-def _summed_to(a: mx.array, shape: tuple[int, ...]) -> mx.array:
-    """The sum over the axes along which an array of `shape` was broadcast to a's."""
-    extra = a.ndim - len(shape)
-    if extra:
-        a = a.sum(axis=tuple(range(extra)))
-    spread = tuple(i for i, (have, want) in enumerate(zip(a.shape, shape, strict=True)) if have != want)
-    return a.sum(axis=spread, keepdims=True) if spread else a
+    if tiled and experts.size >= MIN_SORTED_ROWS:
+        return launch_sorted(x.reshape(-1, x.shape[-1]), packed, experts, weights, dtype).reshape(shape)
+    return launch_gather(x, packed, experts, weights, transpose, batch, dtype).reshape(shape)
 
 
 def _operands(op: str, **arrays: mx.array) -> list[Operand]:
@@ -172,36 +132,6 @@ def _operands(op: str, **arrays: mx.array) -> list[Operand]:
         if a.kind != "mlx":
             raise BackendError(f"{op}: the Metal kernels take mlx arrays, but {name} is a NumPy array")
     return described
-
-
-def _check(
-    rule: Callable[..., int], operands: list[Operand], before: tuple, bits: int, group_size: int, *after: Any
-) -> int:
-    """Apply a rule of `mlxq.ops.validation` to x (if any), w_q, scales and biases; the rows of x.
-
-    mlx's rules know no groups of 16: two of them are checked as one of 32.
-    """
-    if group_size == 16:
-        first = 1 if len(operands) > 3 else 0
-        for at in (first + 1, first + 2):
-            operands[at] = _paired(rule.__name__, operands[at])
-        group_size = 32
-    return rule(*operands, *before, bits, group_size, "affine", *after)
-
-
-def _check_quantize(w: Operand, bits: int, group_size: int) -> None:
-    if group_size == 16 and w.ndim and w.shape[-1] % 32:
-        raise FormatError(_ODD_GROUPS.format(op="quantize", name="w", shape=w.shape))
-    validation.quantize(w, bits, 32 if group_size == 16 else group_size, "affine")
-
-
-_ODD_GROUPS = "{op}: groups of 16 come in pairs, a row holding a multiple of 32 weights; {name}.shape == {shape}"
-
-
-def _paired(op: str, parameters: Operand) -> Operand:
-    if not parameters.shape or parameters.shape[-1] % 2:
-        raise FormatError(_ODD_GROUPS.format(op=op, name="scales", shape=parameters.shape))
-    return parameters._replace(shape=(*parameters.shape[:-1], parameters.shape[-1] // 2))
 
 
 def _promoted(a: mx.array, b: mx.array) -> mx.Dtype:

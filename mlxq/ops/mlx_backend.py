@@ -1,5 +1,7 @@
 """The operations by mlx's own kernels, on mlx's default device. Arguments are validated mlx arrays.
 
+mlx has no kernels for groups of 16: where they are asked for, `BackendError` says so.
+
 On the CPU mlx emulates half floats, rounding every step of a sum to them, ten times slower than float32 and more.
 Products with packed weights are therefore computed in float32 there and rounded once. A CPU stream of mlx is one
 thread: the product of a single row is split over several, 1.7 times as fast on two idle cores, with the same bits.
@@ -14,7 +16,9 @@ from itertools import pairwise
 import mlx.core as mx
 import numpy as np
 
+from mlxq.errors import BackendError
 from mlxq.formats import ggml
+from mlxq.formats.geometry import AFFINE_GROUP_SIZES
 from mlxq.ops.arrays import mlx_dtype
 
 #: Weights that are worth a stream of their own: half a millisecond or so of work.
@@ -23,17 +27,20 @@ _MAX_STREAMS = 8
 
 
 def quantize(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
+    _check_group("quantize", group_size)
     return mx.quantize(w, group_size=group_size, bits=bits)
 
 
 def quantize_on_cpu(w: mx.array, bits: int, group_size: int) -> tuple[mx.array, mx.array, mx.array]:
     """`quantize` with the CPU's codes, whatever the default device: Metal's kernel rounds in other details."""
+    _check_group("quantize", group_size)
     return mx.quantize(w, group_size=group_size, bits=bits, stream=mx.cpu)
 
 
 def dequantize(
     w_q: mx.array, scales: mx.array, biases: mx.array, bits: int, group_size: int, dtype: str | None
 ) -> mx.array:
+    _check_group("dequantize", group_size)
     if not w_q.size:
         return mx.zeros(
             (*scales.shape[:-1], scales.shape[-1] * group_size), mlx_dtype(dtype) if dtype else scales.dtype
@@ -45,6 +52,7 @@ def dequantize(
 def quantized_matmul(
     x: mx.array, w_q: mx.array, scales: mx.array, biases: mx.array, transpose: bool, bits: int, group_size: int
 ) -> mx.array:
+    _check_group("quantized_matmul", group_size)
     grid = {"transpose": transpose, "bits": bits, "group_size": group_size}
     columns = w_q.shape[0] if transpose else scales.shape[1] * group_size
     if not (x.size and w_q.size):
@@ -73,6 +81,7 @@ def gather_quantized_matmul(
     group_size: int,
     sorted_indices: bool,
 ) -> mx.array:
+    _check_group("gather_quantized_matmul", group_size)
     dtype = _promoted(x, scales)
     if not (x.size and w_q.size and rhs_indices.size):
         batch = np.broadcast_shapes(x.shape[:-2], rhs_indices.shape)
@@ -148,6 +157,14 @@ def _extra_stream(index: int) -> mx.ThreadLocalStream:
 def _cpus() -> int:
     """Processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_group(op: str, group_size: int) -> None:
+    if group_size not in AFFINE_GROUP_SIZES:
+        legal = ", ".join(map(str, AFFINE_GROUP_SIZES))
+        raise BackendError(
+            f"{op}: mlx has no kernels for groups of {group_size}, only for {legal}; the back ends numpy and metal have"
+        )
 
 
 def _on_cpu() -> bool:

@@ -141,7 +141,46 @@ def _packed_product(
         columns = w_q.shape[0] if transpose else scales.shape[1] * group_size
         return np.zeros((rows.shape[0], columns), np.float32)
     product = planes.matmul_transposed if transpose else planes.matmul_plain
-    return product(rows, w_q, _widened(scales), _widened(biases), bits, group_size)
+    grid = _widened(scales), _widened(biases)
+    if group_size * bits % 32:
+        return _product_by_halves(product, rows, w_q, grid, transpose, bits, group_size)
+    return product(rows, w_q, *grid, bits, group_size)
+
+
+def _product_by_halves(
+    product: Callable[..., np.ndarray],
+    rows: np.ndarray,
+    w_q: np.ndarray,
+    grid: tuple[np.ndarray, np.ndarray],
+    transpose: bool,
+    bits: int,
+    group_size: int,
+) -> np.ndarray:
+    """A product with groups that end within a word (16 codes of 3 or 5 bits), which `planes` does not decode.
+
+    Two groups in the place of one, once on the grid of the first and once on that of the second: of each only its own
+    half counts.
+    """
+    total: np.ndarray | None = None
+    for half in (0, 1):
+        x = rows
+        if transpose:
+            x = np.zeros_like(rows)
+            own = _halves(x, group_size)[:, :, half]
+            own[...] = _halves(rows, group_size)[:, :, half]
+        y = product(x, w_q, *(np.ascontiguousarray(p[:, half::2]) for p in grid), bits, 2 * group_size)
+        if total is None:
+            total = y
+        elif transpose:
+            total += y
+        else:
+            _halves(total, group_size)[:, :, half] = _halves(y, group_size)[:, :, half]
+    return total
+
+
+def _halves(a: np.ndarray, group_size: int) -> np.ndarray:
+    """A view `[M, pairs of groups, 2, group_size]` of a contiguous `[M, K]`."""
+    return a.reshape(len(a), -1, 2, group_size)
 
 
 def _rows(x: np.ndarray) -> np.ndarray:

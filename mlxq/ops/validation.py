@@ -14,7 +14,7 @@ from math import prod
 from typing import TypeVar
 
 from mlxq.errors import FormatError
-from mlxq.formats.geometry import block_format, validate_affine, validate_width
+from mlxq.formats.geometry import OPS_GROUP_SIZES, PACKED_CODES, block_format, validate_affine, validate_width
 from mlxq.ops.arrays import Operand
 from mlxq.types import FLOAT_BYTES
 
@@ -44,7 +44,7 @@ def quantize(w: Operand, bits: int, group_size: int, mode: str) -> int:
     if w.ndim < 2:
         raise FormatError(f"quantize: w must have at least 2 dimensions, but it has {w.ndim}{params}")
     try:
-        validate_width(w.shape[-1], bits, group_size)
+        validate_width(w.shape[-1], bits, group_size, OPS_GROUP_SIZES)
     except FormatError as error:
         raise FormatError(f"quantize: {error}{params}") from None
     return 0
@@ -177,7 +177,7 @@ def _check_packed(
     )
     _check_mode(op, mode, params)
     try:
-        validate_affine(bits, group_size)
+        validate_affine(bits, group_size, OPS_GROUP_SIZES)
     except FormatError as error:
         raise FormatError(f"{op}: {error}{params}") from None
     if w_q.dtype != "uint32":
@@ -190,6 +190,8 @@ def _check_packed(
     if scales.shape != biases.shape or scales.shape[:-1] != w_q.shape[:-1]:
         raise FormatError(f"{op}: w_q, scales and biases must agree in all axes but the last{params}")
     held, described = w_q.shape[-1] * 32, scales.shape[-1] * group_size
+    if described % PACKED_CODES:
+        raise FormatError(f"{op}: groups of {group_size} come in pairs, but a row has {scales.shape[-1]}{params}")
     if held != described * bits:
         raise FormatError(
             f"{op}: the words of a row hold {held / bits:g} codes, but its scales are for {described}{params}"

@@ -7,6 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlxq import ops
 from mlxq.formats.geometry import AFFINE_BITS
 from mlxq.ops import metal_backend, metal_source
 from mlxq.ops.metal_affine import choose_product
@@ -127,7 +128,8 @@ def test_gradient_of_x(metal, M, transpose):
     w = weights.decoded(4, 32)
     x = affine_cases.normal((M, 64 if transpose else 24), mx.float32)
     seed = affine_cases.normal((M, 24 if transpose else 64), mx.float32, seed=5)
-    (y,), (gradient,) = mx.vjp(lambda x: metal_backend.quantized_matmul(x, *weights, transpose, 4, 32), [x], [seed])
+    grid = {"bits": 4, "group_size": 32, "backend": "metal"}
+    (y,), (gradient,) = mx.vjp(lambda x: ops.quantized_matmul(x, *weights, transpose=transpose, **grid), [x], [seed])
     assert affine_cases.error(y, affine_cases.doubles(x) @ (w.T if transpose else w)) <= 1e-6
     assert affine_cases.error(gradient, affine_cases.doubles(seed) @ (w if transpose else w.T)) <= 1e-6
 
@@ -174,7 +176,7 @@ def test_gradient_of_gathered_x_sums_over_its_experts(metal):
     indices = mx.array([[0, 1], [2, 2], [1, 0], [2, 1]], mx.uint32)
     seed = affine_cases.normal((4, 2, 1, 16), mx.float32, seed=5)
     _, (gradient,) = mx.vjp(
-        lambda x: metal_backend.gather_quantized_matmul(x, *weights, indices, True, 4, 32, False), [x], [seed]
+        lambda x: ops.gather_quantized_matmul(x, *weights, indices, bits=4, group_size=32, backend="metal"), [x], [seed]
     )
     w = weights.decoded(4, 32)[np.asarray(indices)]
     expected = (affine_cases.doubles(seed) @ w).sum(axis=1, keepdims=True)

@@ -283,7 +283,7 @@ GRID = {"bits": 4, "group_size": 32}
     ("call", "words"),
     [
         (lambda: ops.quantize(X, bits=7, group_size=32), ["quantize:", "2, 3, 4, 5, 6, 8", "7", "(2, 128)"]),
-        (lambda: ops.quantize(X, bits=4, group_size=16), ["32, 64, 128", "16"]),
+        (lambda: ops.quantize(X, bits=4, group_size=24), ["16, 32, 64, 128", "24"]),
         (lambda: ops.quantize(X[:, :100], **GRID), ["100", "32", "(2, 100)"]),
         (lambda: ops.quantize(X[0], **GRID), ["2 dimensions", "1"]),
         (lambda: ops.quantize(X.astype(np.int32), **GRID), ["int32", "float32, float16 or bfloat16"]),
