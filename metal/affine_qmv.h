@@ -18,15 +18,40 @@ constexpr int affine_qmv_rows(int M) {
   return M <= 8 ? 4 : 2;
 }
 
-/// Adds the products of one run of x with `rows` runs of codes to `sums`. All pointers are at the run.
-template <typename X, typename S, int group_size, int bits, int K, int rows>
-MLXQ_FUNC void affine_qmv_step(
-    const device uint* w,
-    const device S* scales,
-    const device S* biases,
-    const device X* x,
-    int last_row,
-    thread float* sums) {
+/// Where rows of weights are read: `row(r)` counts from one of them. Past the last row, it is read again.
+template <typename S, int group_size, int bits, int K>
+struct AffineRows {
+  const device uint* w;
+  const device S* scales;
+  const device S* biases;
+  int last_row;
+
+  AffineRows(const device uint* w_, const device S* scales_, const device S* biases_, int row, int last) thread
+      : w(w_ + size_t(row) * (K * bits / 32)),
+        scales(scales_ + size_t(row) * (K / group_size)),
+        biases(biases_ + size_t(row) * (K / group_size)),
+        last_row(last) {}
+
+  MLXQ_FUNC const device uint* words(int r) const thread {
+    return w + min(r, last_row) * (K * bits / 32);
+  }
+  /// Group `c` of the run.
+  MLXQ_FUNC float scale(int r, int c) const thread {
+    return float(scales[min(r, last_row) * (K / group_size) + c]);
+  }
+  MLXQ_FUNC float bias(int r, int c) const thread {
+    return float(biases[min(r, last_row) * (K / group_size) + c]);
+  }
+  MLXQ_FUNC void advance(int codes) thread {
+    w += codes * bits / 32;
+    scales += codes / group_size;
+    biases += codes / group_size;
+  }
+};
+
+/// Adds the products of one run of x with `rows` runs of codes to `sums`. x and weights are at the run.
+template <int group_size, int bits, int rows, typename Rows, typename P>
+MLXQ_FUNC void affine_qmv_step(const thread Rows& weights, P x, thread float* sums) {
   constexpr int run = affine_qmv_run<bits>();
   constexpr int chunk = run < group_size ? run : group_size;
   constexpr int n_words = affine_words<bits, run>();
@@ -47,82 +72,31 @@ MLXQ_FUNC void affine_qmv_step(
   }
   MLXQ_UNROLL
   for (int r = 0; r < rows; r++) {
-    const int row = min(r, last_row);
     uint codes[n_words];
-    load_words<n_words>(w + row * (K * bits / 32), codes);
+    load_words<n_words>(weights.words(r), codes);
     MLXQ_UNROLL
     for (int c = 0; c < run / chunk; c++) {
-      const int group = row * (K / group_size) + c;
       float dot = 0.0f;
       MLXQ_UNROLL
       for (int i = c * chunk; i < (c + 1) * chunk; i++) {
         dot = fma(v[i], affine_masked<bits>(codes, i), dot);
       }
-      sums[r] = fma(float(scales[group]), dot, fma(float(biases[group]), totals[c], sums[r]));
+      sums[r] = fma(weights.scale(r, c), dot, fma(weights.bias(r, c), totals[c], sums[r]));
     }
-  }
-}
-
-/// One row of x; `block` counts the threadgroups' blocks of QMV_SIMD_GROUPS * 4 outputs.
-template <typename X, typename S, typename Y, int group_size, int bits, int N, int K>
-MLXQ_FUNC void affine_qmv(
-    const device uint* w,
-    const device S* scales,
-    const device S* biases,
-    const device X* x,
-    device Y* y,
-    uint block,
-    uint simd_group,
-    uint lane) {
-  constexpr int rows = affine_qmv_rows(1);
-  constexpr int run = affine_qmv_run<bits>();
-  constexpr int step = SIMD_LANES * run;
-  const int row = int(block * QMV_SIMD_GROUPS + simd_group) * rows;
-  if (row >= N) {
-    return;
-  }
-  // Past the last row, a SIMD-group computes that row again and does not store it.
-  const int last_row = N % rows ? min(rows - 1, N - 1 - row) : rows - 1;
-  const int k = int(lane) * run;
-  w += size_t(row) * (K * bits / 32) + k * bits / 32;
-  scales += size_t(row) * (K / group_size) + k / group_size;
-  biases += size_t(row) * (K / group_size) + k / group_size;
-  x += k;
-  float sums[rows] = {};
-  for (int i = 0; i < K / step; i++) {
-    affine_qmv_step<X, S, group_size, bits, K, rows>(w, scales, biases, x, last_row, sums);
-    w += step * bits / 32;
-    scales += step / group_size;
-    biases += step / group_size;
-    x += step;
-  }
-  if (K % step != 0 && k < K % step) {
-    affine_qmv_step<X, S, group_size, bits, K, rows>(w, scales, biases, x, last_row, sums);
-  }
-  const float total = sum_lanes<rows>(sums, lane);
-  const int r = int(lane) / (SIMD_LANES / rows);
-  if (lane % (SIMD_LANES / rows) == 0 && r <= last_row) {
-    y[row + r] = Y(total);
   }
 }
 
 /// Adds the products of M rows of x with `rows` runs of codes to `sums` [M, rows]: codes become weights eight at a
 /// time, which all rows of x use.
-template <typename X, typename S, int group_size, int bits, int K, int M, int rows>
-MLXQ_FUNC void affine_qmv_rows_step(
-    const device uint* w,
-    const device S* scales,
-    const device S* biases,
-    const device X* x,
-    int last_row,
-    thread float* sums) {
+template <int group_size, int bits, int K, int M, int rows, typename Rows, typename P>
+MLXQ_FUNC void affine_qmv_rows_step(const thread Rows& weights, P x, thread float* sums) {
   constexpr int run = affine_qmv_run<bits>();
   constexpr int n_words = affine_words<bits, run>();
   constexpr int per_group = run < group_size ? run : group_size;
   uint codes[rows][n_words];
   MLXQ_UNROLL
   for (int r = 0; r < rows; r++) {
-    load_words<n_words>(w + min(r, last_row) * (K * bits / 32), codes[r]);
+    load_words<n_words>(weights.words(r), codes[r]);
   }
   float scale[rows], bias[rows];
   MLXQ_UNROLL
@@ -131,9 +105,8 @@ MLXQ_FUNC void affine_qmv_rows_step(
     MLXQ_UNROLL
     for (int r = 0; r < rows; r++) {
       if (i % per_group == 0) {
-        const int group = min(r, last_row) * (K / group_size) + i / per_group;
-        scale[r] = float(scales[group]);
-        bias[r] = float(biases[group]);
+        scale[r] = weights.scale(r, i / per_group);
+        bias[r] = weights.bias(r, i / per_group);
       }
       MLXQ_UNROLL
       for (int j = 0; j < 8; j++) {
@@ -143,7 +116,7 @@ MLXQ_FUNC void affine_qmv_rows_step(
     MLXQ_UNROLL
     for (int m = 0; m < M; m++) {
       float u[8];
-      load_floats<8>(x + m * K + i, u);
+      load_floats<8>(rows_at(x, m * K) + i, u);
       MLXQ_UNROLL
       for (int r = 0; r < rows; r++) {
         MLXQ_UNROLL
@@ -155,46 +128,72 @@ MLXQ_FUNC void affine_qmv_rows_step(
   }
 }
 
-/// M rows of x, 2 to 16, at once.
-template <typename X, typename S, typename Y, int group_size, int bits, int N, int K, int M>
+/// Adds a lane's part of the products of M rows of x with `rows` rows of weights to `sums` [M, rows].
+template <int group_size, int bits, int K, int M, int rows, typename Rows, typename P>
+MLXQ_FUNC void affine_qmv_sums(Rows weights, P x, uint lane, thread float* sums) {
+  constexpr int step = SIMD_LANES * affine_qmv_run<bits>();
+  const int k = int(lane) * affine_qmv_run<bits>();
+  weights.advance(k);
+  x += k;
+  for (int i = 0; i < K / step; i++) {
+    if constexpr (M == 1) {
+      affine_qmv_step<group_size, bits, rows>(weights, x, sums);
+    } else {
+      affine_qmv_rows_step<group_size, bits, K, M, rows>(weights, x, sums);
+    }
+    weights.advance(step);
+    x += step;
+  }
+  if (K % step != 0 && k < K % step) {
+    if constexpr (M == 1) {
+      affine_qmv_step<group_size, bits, rows>(weights, x, sums);
+    } else {
+      affine_qmv_rows_step<group_size, bits, K, M, rows>(weights, x, sums);
+    }
+  }
+}
+
+/// M rows of x, 1 to 16, at once; x is a pointer or `Permuted<X>`. `block` counts the threadgroups' blocks of
+/// QMV_SIMD_GROUPS * affine_qmv_rows(M) outputs.
+template <
+    typename X, typename S, typename Y, int group_size, int bits, int N, int K, int M, typename P = const device X*>
 MLXQ_FUNC void affine_qmv_rows(
     const device uint* w,
     const device S* scales,
     const device S* biases,
-    const device X* x,
+    P x,
     device Y* y,
     uint block,
     uint simd_group,
     uint lane) {
   constexpr int rows = affine_qmv_rows(M);
-  constexpr int run = affine_qmv_run<bits>();
-  constexpr int step = SIMD_LANES * run;
+  constexpr int held = next_power_of_two(M * rows);
   const int row = int(block * QMV_SIMD_GROUPS + simd_group) * rows;
   if (row >= N) {
     return;
   }
   const int last_row = N % rows ? min(rows - 1, N - 1 - row) : rows - 1;
-  const int k = int(lane) * run;
-  w += size_t(row) * (K * bits / 32) + k * bits / 32;
-  scales += size_t(row) * (K / group_size) + k / group_size;
-  biases += size_t(row) * (K / group_size) + k / group_size;
-  x += k;
-  constexpr int held = next_power_of_two(M * rows);
   float sums[held] = {};
-  for (int i = 0; i < K / step; i++) {
-    affine_qmv_rows_step<X, S, group_size, bits, K, M, rows>(w, scales, biases, x, last_row, sums);
-    w += step * bits / 32;
-    scales += step / group_size;
-    biases += step / group_size;
-    x += step;
-  }
-  if (K % step != 0 && k < K % step) {
-    affine_qmv_rows_step<X, S, group_size, bits, K, M, rows>(w, scales, biases, x, last_row, sums);
-  }
+  const AffineRows<S, group_size, bits, K> weights(w, scales, biases, row, last_row);
+  affine_qmv_sums<group_size, bits, K, M, rows>(weights, x, lane, sums);
   const float total = sum_lanes<held>(sums, lane);
   const int m = int(lane) / (SIMD_LANES / held) / rows;
   const int r = int(lane) / (SIMD_LANES / held) % rows;
   if (lane % (SIMD_LANES / held) == 0 && m < M && r <= last_row) {
     y[size_t(m) * N + row + r] = Y(total);
   }
+}
+
+/// One row of x.
+template <typename X, typename S, typename Y, int group_size, int bits, int N, int K, typename P = const device X*>
+MLXQ_FUNC void affine_qmv(
+    const device uint* w,
+    const device S* scales,
+    const device S* biases,
+    P x,
+    device Y* y,
+    uint block,
+    uint simd_group,
+    uint lane) {
+  affine_qmv_rows<X, S, Y, group_size, bits, N, K, 1>(w, scales, biases, x, y, block, simd_group, lane);
 }
