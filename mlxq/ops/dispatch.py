@@ -24,12 +24,14 @@ METAL_TYPES = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"),
     *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"),
 )
+#: Those of them that have Metal encoders (`ops.metal_block_quantize`).
+METAL_ENCODERS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 _HOST = ("host", "host, mlx loaded")
 _PRODUCTS = ("quantized_matmul", "gather_quantized_matmul", "matmul", "gather_matmul")
 _BLOCKS = ("block_dequantize", "block_matmul", "gather_block_matmul")
 #: No Metal kernel of ours computes these: whoever asks for `metal` gets mlx.
-_LEFT_TO_MLX = ("matmul", "gather_matmul", "encode")
+_LEFT_TO_MLX = ("matmul", "gather_matmul")
 
 
 class Call(NamedTuple):
@@ -87,6 +89,14 @@ _TABLE: tuple[_Row, ...] = (
         formats=METAL_TYPES,
     ),
     _Row(
+        "metal",
+        "the search for a block's scales in one kernel, which reads each weight once; mlx's arrays pass through memory "
+        "at each step",
+        ops=("encode",),
+        devices=("gpu",),
+        formats=METAL_ENCODERS,
+    ),
+    _Row(
         "numpy",
         "mlx has no kernel for ggml blocks on any device, and would multiply decoded float weights",
         ops=_BLOCKS,
@@ -123,7 +133,7 @@ def choose(call: Call, backend: str | None = None, *, without_metal: bool = Fals
         BackendError: an unknown back end was asked for, or `metal` where it is not available.
     """
     name = asked(backend)
-    if name == "metal" and call.op in _LEFT_TO_MLX:
+    if name == "metal" and (call.op in _LEFT_TO_MLX or (call.op == "encode" and call.format not in METAL_ENCODERS)):
         return "mlx"
     return name or _row(call._replace(metal=False) if without_metal else call).backend
 

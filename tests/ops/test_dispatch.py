@@ -50,7 +50,7 @@ def test_table(monkeypatch, call, backend):
 def test_every_row_of_the_table_is_reached_by_some_call():
     calls = [
         Call(op, device, rows, format, metal)
-        for op in ("quantize", "dequantize", "matmul", "quantized_matmul", "block_matmul")
+        for op in ("quantize", "dequantize", "matmul", "quantized_matmul", "block_matmul", "encode")
         for device in ("host", "host, mlx loaded", "cpu", "gpu")
         for rows in (1, 512)
         for format, metal in (("affine", False), ("Q4_K", True))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
 from mlxq.errors import BackendError, FormatError
 from mlxq.formats import floats
 from mlxq.formats.geometry import block_format
-from mlxq.ops.dispatch import Call, choose, device_of
+from mlxq.ops.dispatch import Call, asked, choose, device_of, metal_available
 
 _ASYMMETRIC = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
 _SYMMETRIC = ("Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K")
@@ -36,7 +37,8 @@ def quantize(
         name: one of `ENCODABLE`.
         importance: float `[K]`, or `[E, K]` for `w` `[E, ..., K]`: how much the squared error of each input column
             counts, as in an importance matrix; not negative. None, or all zero, is all alike.
-        backend: `numpy` or `mlx`, as in `mlxq.ops`; None lets the device decide.
+        backend: `numpy`, `mlx` or `metal`, as in `mlxq.ops`; None lets the device decide. `metal` has kernels for the K
+            types, and leaves the others to mlx.
 
     Returns:
         uint8 `[..., K // block_size * type_size]`.
@@ -119,11 +121,22 @@ def _encode(rows: np.ndarray, name: str, importance: np.ndarray | None, backend:
         from mlxq.quantizers.ggml import symmetric as encoder
     else:
         from mlxq.quantizers.ggml import iq4 as encoder
-    backend = choose(Call("encode", _device()), backend)
+    chosen = _backend(name, importance is not None, encoder.quantize, backend)
     if rows.size == block_format(name).block_size:
         # NumPy adds the weights of a single block in another order than among others: its bytes would differ.
-        return encoder.quantize(np.concatenate([rows, rows]), name, importance, backend)[:1]
-    return encoder.quantize(rows, name, importance, backend)
+        return encoder.quantize(np.concatenate([rows, rows]), name, importance, chosen)[:1]
+    return encoder.quantize(rows, name, importance, chosen)
+
+
+def _backend(name: str, weighted: bool, encode: Callable[..., np.ndarray], backend: str | None) -> str:
+    """What computes a search; a Metal kernel that the table chose is checked when it is first used."""
+    device = _device()
+    chosen = choose(Call("encode", device, format=name, metal=device == "gpu" and metal_available()), backend)
+    if chosen == "metal" and not asked(backend):
+        from mlxq.quantizers.ggml import metal_check
+
+        return "metal" if metal_check.passes(name, weighted, encode) else "numpy"
+    return chosen
 
 
 def _device() -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.errors import FormatError
+from mlxq.errors import BackendError, FormatError
 from mlxq.formats.geometry import block_format
-from mlxq.formats.kquants import pack
+from mlxq.formats.kquants import LAYOUTS, pack
 from mlxq.formats.superblocks import K_TYPES, SuperBlocks
 from mlxq.quantizers.ggml.line_search import COARSE, Block, LineSearch, search_blocks, search_groups
-from mlxq.quantizers.ggml.tiles import mlx_tiles, numpy_tiles
+from mlxq.quantizers.ggml.tiles import metal_parts, mlx_tiles, numpy_tiles
 
 # The best of some dozens by error at equal time, with and without importance, of normal, long-tailed, trained weights.
 _SEARCH_2 = LineSearch(levels=(2.5, 2.9, 3.3, 3.7), shifts=(-0.25, 0.25))
@@ -35,7 +35,7 @@ def quantize(
         w: float32 `[n, K]`, contiguous, finite, `K` a multiple of the type's block.
         name: `Q4_1`, `Q5_1`, `Q2_K`, `Q4_K` or `Q5_K`.
         importance: float32 `[K]`, positive, or None.
-        backend: `numpy` or `mlx` (its default device).
+        backend: `numpy`, `mlx` (its default device), or `metal` for K types whose steps have 11 bits.
         step_bits: significant bits of `d` and `dmin`, or of scale and offset; fewer than float16's 11 leave room for
             products with small integers that are exact in a short float type.
 
@@ -44,14 +44,18 @@ def quantize(
 
     Raises:
         FormatError: another type, or weights so large that a step is beyond float16.
+        BackendError: `metal` and steps of fewer bits.
     """
     if name not in _SEARCHES:
         raise FormatError(f"{name!r} has no encoder here: the types that have one are {', '.join(_SEARCHES)}")
-    encode = _encode_k if name in K_TYPES else _encode_1
     search = replace(_SEARCHES[name], step_bits=step_bits)
     if step_bits < COARSE:
         search = replace(search, factors=_COARSE_FACTORS)
-    blocks = encode(w, name, importance, mlx_tiles if backend == "mlx" else numpy_tiles, search)
+    if backend == "metal" and name in K_TYPES:
+        blocks = _encode_on_metal(w, name, importance, search)
+    else:
+        encode = _encode_k if name in K_TYPES else _encode_1
+        blocks = encode(w, name, importance, mlx_tiles if backend == "mlx" else numpy_tiles, search)
     return blocks.reshape(w.shape[0], w.shape[1] // block_format(name).block_size * blocks.shape[1])
 
 
@@ -65,6 +69,21 @@ def _encode_k(w: np.ndarray, name: str, importance: np.ndarray | None, tiles: An
             parts = _parts(tile.xp, block, q)
         _check_finite(name, w, parts.d, parts.dmin)
         blocks[part] = pack(parts, name)
+    return blocks
+
+
+def _encode_on_metal(w: np.ndarray, name: str, importance: np.ndarray | None, search: LineSearch) -> np.ndarray:
+    from mlxq.ops.metal_block_quantize import quantize_lines
+
+    if search.step_bits < 11:
+        raise BackendError(f"{name}: the Metal encoder's steps have 11 bits, not {search.step_bits}; use numpy or mlx")
+    format, layout = block_format(name), LAYOUTS[name]
+    how = {"levels": search.levels, "shifts": search.shifts, "factors": search.factors}
+    blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
+    for part, encoded in metal_parts(w, importance, lambda x, v: quantize_lines(x, name, v, **how)):
+        blocks[part] = encoded
+        steps = (encoded[:, at : at + 2].copy().view("<f2") for at in (layout.d, layout.dmin))
+        _check_finite(name, w, *steps)
     return blocks
 
 

@@ -11,8 +11,10 @@ import numpy as np
 
 from mlxq.formats.geometry import block_format
 from mlxq.formats.kquants import pack
-from mlxq.formats.superblocks import K_TYPES, SuperBlocks
+from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK, SuperBlocks
+from mlxq.quantizers.ggml import on_grid
 from mlxq.quantizers.ggml.scale_search import BlockSearch, Uniform, check_range, encoded_blocks, encoded_groups
+from mlxq.quantizers.ggml.tiles import metal_parts
 
 #: Groups of 32 worked on at a time where nothing is searched.
 _CHUNK = 1 << 12
@@ -44,7 +46,8 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
         w: float32 `[N, K]`, contiguous, `K` a multiple of the type's block.
         name: `Q4_0`, `Q5_0`, `Q8_0`, `Q3_K` or `Q6_K`.
         importance: float32 `[K]`, positive, its mean about 1; or None.
-        backend: `numpy`, or `mlx` for its default device. What is not searched is always computed by NumPy.
+        backend: `numpy`, `mlx` for its default device, or `metal` for the K types. What is not searched is always
+            computed by NumPy.
 
     Returns:
         uint8 `[N, row_bytes]`.
@@ -56,7 +59,9 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
     blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
     grid, search = _GRIDS[name], _SEARCHES.get((name, importance is not None))
     check_range(w, name, grid, search.top if search else 1)
-    if search:
+    if search and backend == "metal":
+        _encode_on_metal(w, name, importance, grid, search, blocks)
+    elif search:
         for part, d, scales, codes in encoded_blocks(w, importance, grid, search, K_TYPES[name].n_sub_blocks, backend):
             blocks[part] = pack(SuperBlocks(d, scales, codes), name)
     elif name == "Q8_0" or importance is None:
@@ -66,6 +71,19 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
         for part, d, codes in encoded_groups(w, importance, grid, _FACTORS, backend):
             _store(d, codes.T, name, blocks[part])
     return blocks.reshape(w.shape[0], w.shape[1] // format.block_size * format.type_size)
+
+
+def _encode_on_metal(
+    w: np.ndarray, name: str, importance: np.ndarray | None, grid: Uniform, search: BlockSearch, blocks: np.ndarray
+) -> None:
+    from mlxq.ops.metal_block_quantize import quantize_scales
+
+    how = {"room": search.room, "steps": search.steps, "opposite": search.opposite, "rounds": search.rounds}
+    for part, encoded in metal_parts(w, importance, lambda x, v: quantize_scales(x, name, v, **how)):
+        x = w.reshape(-1, SUPER_BLOCK)[part]
+        at, d, sc, values = on_grid.encode(x, grid, K_TYPES[name].n_sub_blocks, search.top)
+        encoded[at] = pack(SuperBlocks(d, sc.astype(np.int8), grid.codes(values)), name)
+        blocks[part] = encoded
 
 
 def _reference(x: np.ndarray, name: str, blocks: np.ndarray) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from mlxq.formats.superblocks import SUPER_BLOCK
+
 #: Weights of a tile. Threads that search small tiles wait for Python's lock more than they compute: a model of 226M
 #: weights in Q4_K_M took two of them 7.9 s with tiles of 2^17, 7.6 with 2^18, 6.6 with 2^19 and 5.5 with 2^20, although
 #: the arrays of a tile then leave the second-level cache (two Xeon cores, 2 MiB each).
@@ -189,3 +191,28 @@ def _spread(importance: np.ndarray, group: int, n_groups: int, rows: int) -> np.
     row = importance.reshape(-1, n_groups, group).transpose(2, 1, 0)[:, :, None]
     spread = np.broadcast_to(row, (group, n_groups, rows, row.shape[3]))
     return np.ascontiguousarray(spread).reshape(group, n_groups, -1)
+
+
+def metal_parts(
+    w: np.ndarray, importance: np.ndarray | None, encode: Callable[[Any, Any], Any]
+) -> Iterator[tuple[slice, np.ndarray]]:
+    """Super-blocks that a Metal kernel encodes.
+
+    Args:
+        w: float32 `[N, K]`, contiguous, `K` a multiple of 256.
+        importance: float32 `[K]`, or None.
+        encode: some rows and the importance, as mlx arrays, to blocks uint8 `[rows, row_bytes]`.
+
+    Yields:
+        a range of super-blocks, row after row, and their blocks uint8 `[n, type_size]`.
+    """
+    import mlx.core as mx
+
+    N, K = w.shape
+    per_row = K // SUPER_BLOCK
+    rows = max(MLX_TILE // max(K, 1), 1)
+    columns = None if importance is None else mx.array(importance)
+    for start in range(0, N, rows):
+        part = w[start : start + rows]
+        n = part.shape[0] * per_row
+        yield slice(start * per_row, start * per_row + n), np.array(encode(mx.array(part), columns)).reshape(n, -1)
