@@ -1,8 +1,12 @@
 """Model layers whose matrix products go through `mlxq.ops`.
 
 On a GPU nothing is gained by going through `ops`, whose checks would cost as much as small kernels, so there each layer
-is `plain`: its superclass computes, unless `MLXQ_BACKEND` asks for a back end. Layers of ggml blocks have no superclass
-that computes: they go through `ops` everywhere.
+is `plain`: its superclass computes, unless `MLXQ_BACKEND` asks for a back end, or a measurement on this machine says
+that our kernels are faster for its shape (`ops.choices`). Layers of ggml blocks, and of groups of
+16, have no superclass that computes: they go through `ops` everywhere.
+
+All are differentiable with respect to x, and take the place of mlx's in `mlx_lm.tuner` (LoRA). Its trainer compiles the
+step, where NumPy cannot compute: on the CPU it needs `MLXQ_BACKEND=mlx`.
 
 They are subclasses of mlx's layers, so an architecture that asks `isinstance(m, nn.Linear)` or `"bias" in m` gets the
 answer it expects. They are made without mlx's constructors: those would draw random weights and quantize them.
@@ -19,9 +23,11 @@ from mlx.utils import tree_map_with_path
 
 from mlxq import ops
 from mlxq.architectures.registry import import_private
-from mlxq.formats.geometry import BLOCK_FORMATS, block_format
-from mlxq.ops import kernel_check
+from mlxq.formats.geometry import AFFINE_GROUP_SIZES, BLOCK_FORMATS, block_format
+from mlxq.ops import choices, kernel_check
+from mlxq.ops.choices import Product
 from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE, METAL_TYPES, asked, call_on, choose
+from mlxq.ops.kernel_cases import Blocks
 from mlxq.runtime import attention
 from mlxq.types import FLOAT_BYTES, QuantSpec, TensorInfo
 
@@ -163,9 +169,28 @@ class BlockLayer(nn.Module):
             self.bias = layer.bias
         self.freeze()
 
+    def unfreeze(self, *args: Any, **kwargs: Any) -> None:
+        """Bytes of blocks stay frozen."""
+        super().unfreeze(*args, **kwargs)
+        self.freeze(recurse=False)
+
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> nn.Module:
+        """mlx-lm's layer with low-rank weights beside this one; what it asks for where it cannot tell the shape."""
+        name, attribute = self._lora
+        geometry = block_format(self.type_name)
+        *rows, row_bytes = self["weight"].shape
+        width = row_bytes // geometry.type_size * geometry.block_size
+        # Linear layers say the inner axis first, then the rows, then experts; embeddings are laid out as they are.
+        sizes = (rows[0], width) if name == "LoRAEmbedding" else (width, *reversed(rows))
+        new = getattr(import_private("tuner.lora"), name)(*sizes, r=r, dropout=dropout, scale=scale)
+        new[attribute] = self
+        return new
+
 
 class BlockLinear(BlockLayer):
     """`y = x @ w.T + bias`; x `[..., in_features]`, weight `[out_features, row_bytes]`."""
+
+    _lora = ("LoRALinear", "linear")
 
     def __call__(self, x: mx.array) -> mx.array:
         y = ops.block_matmul(x, self["weight"], type_name=self.type_name)
@@ -175,6 +200,7 @@ class BlockLinear(BlockLayer):
 class BlockEmbedding(BlockLayer):
     """Rows of a matrix `[num_embeddings, row_bytes]`, decoded to `compute_dtype`, or float32 where it is not set."""
 
+    _lora = ("LoRAEmbedding", "embedding")
     compute_dtype: mx.Dtype | None = None
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -188,6 +214,8 @@ class BlockEmbedding(BlockLayer):
 
 class BlockSwitchLinear(BlockLayer):
     """One matrix for each expert; weight `[num_experts, out_features, row_bytes]`."""
+
+    _lora = ("LoRASwitchLinear", "linear")
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         y = ops.gather_block_matmul(x, self["weight"], indices, type_name=self.type_name, sorted_indices=sorted_indices)
@@ -234,7 +262,7 @@ def _computes(info: TensorInfo) -> bool:
     One dtype of x stands for all, the most common one: the others are checked when they are first used.
     """
     f = block_format(info.dtype)
-    blocks = kernel_check.Blocks(info.dtype, "F16", info.shape[-1] // f.block_size * f.type_size)
+    blocks = Blocks(info.dtype, "F16", info.shape[-1] // f.block_size * f.type_size)
     return bool(asked()) or kernel_check.passes("block_matmul", blocks, 1)
 
 
@@ -260,11 +288,21 @@ def install_layers(model: nn.Module, tensors: dict[str, TensorInfo], *, compact:
             return layer
         new = _replacement(layer, info, compact)
         if hasattr(type(new), "plain"):
-            new.plain = plain
+            new.plain = plain and not (isinstance(new, _Quantized) and _may_be_ours(new))
         return new
 
     leaves = tree_map_with_path(replace, model.leaf_modules(), is_leaf=nn.Module.is_module)
     model.update_modules(leaves)
+
+
+def _may_be_ours(layer: _Quantized) -> bool:
+    """Whether our kernels compute some products of a layer on a GPU: mlx has none for groups of 16, and of others ours
+    may have been measured to be faster."""
+    if layer.group_size not in AFFINE_GROUP_SIZES:
+        return True
+    *experts, N, groups = layer.scales.shape
+    K = groups * layer.group_size
+    return choices.ever_faster(Product(layer.bits, layer.group_size, "", N, K, experts[0] if experts else 0))
 
 
 def _replacement(layer: nn.Module, info: TensorInfo, compact: bool) -> nn.Module:
