@@ -6,7 +6,7 @@ names encode it. Up to `MAX_VECTOR_ROWS` rows of x are multiplied by `ggml_qmv`,
 of them and is bound by that; more by `ggml_qmm`, in tiles.
 
 Blocks must begin at a multiple of 16 bytes in memory, as every array of mlx does; rows taken from one do too, as far as
-it matters (`_piece`).
+it matters (`piece`).
 """
 
 from __future__ import annotations
@@ -213,10 +213,10 @@ def _gather_qmm(
 
 def _qmv_template(function: str, type_name: str, x: mx.array, M: int, blocks: mx.array) -> tuple[str, list]:
     """The kernel's name and template; ROWS and STEPS follow from the type and M."""
-    width = _piece(blocks.shape[-1])
+    width = piece(blocks.shape[-1])
     name = kernel_name(f"{function}_{type_name.lower()}", x.dtype, m=M, w=width)
-    steps = _STEPS.get(type_name, 2)
-    return name, [("T", x.dtype), ("M", M), ("ROWS", _qmv_rows(M)), ("STEPS", steps), ("WIDTH", width)]
+    steps = steps_of(type_name)
+    return name, [("T", x.dtype), ("M", M), ("ROWS", qmv_rows(M)), ("STEPS", steps), ("WIDTH", width)]
 
 
 def _qmv_source(function: str, type_name: str, arguments: str) -> str:
@@ -224,13 +224,18 @@ def _qmv_source(function: str, type_name: str, arguments: str) -> str:
     return f"{room}\n{function}<T, {type_name}, M, ROWS, STEPS, WIDTH>({arguments});"
 
 
-def _qmv_rows(M: int) -> int:
+def steps_of(type_name: str) -> int:
+    """How many 1024s of weights of a row `ggml_qmv` has in threadgroup memory at once."""
+    return _STEPS.get(type_name, 2)
+
+
+def qmv_rows(M: int) -> int:
     """Outputs of a SIMD-group: four share what is loaded of x, as far as the sums of M rows fit into registers."""
     return 4 if M <= 8 else 2
 
 
 def _qmv_threads(N: int, M: int) -> int:
-    outputs = _qmv_rows(M) * _QMV_THREADS // 32
+    outputs = qmv_rows(M) * _QMV_THREADS // 32
     return -(-N // outputs) * _QMV_THREADS
 
 
@@ -238,7 +243,7 @@ def _qmm_template(function: str, type_name: str, x: mx.array, blocks: mx.array) 
     f = block_format(type_name)
     span, row_bytes = _QMM_SPAN // f.block_size * f.type_size, blocks.shape[-1]
     # Pieces of four bytes may begin before a span, within its row; wider ones would load too much twice.
-    width = max(_piece(row_bytes, span), min(_piece(row_bytes), 4))
+    width = max(piece(row_bytes, span), min(piece(row_bytes), 4))
     name = kernel_name(f"{function}_{type_name.lower()}", x.dtype, w=width)
     return name, [("T", x.dtype), ("WIDTH", width)]
 
@@ -248,7 +253,7 @@ def _qmm_source(function: str, type_name: str, arguments: str) -> str:
     return f"{room}\n{function}<T, {type_name}, WIDTH>({arguments});"
 
 
-def _piece(*sizes: int) -> int:
+def piece(*sizes: int) -> int:
     """Bytes of a load of weights: as many as divide all sizes at which pieces begin, at most 16, and so also the
     distance of any row from the beginning of memory."""
     return gcd(16, *sizes)
