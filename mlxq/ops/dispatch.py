@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from mlxq.errors import BackendError
+from mlxq.ops import choices
 from mlxq.ops.arrays import Kind, import_mlx
 
 Backend = Literal["numpy", "mlx", "metal"]
@@ -28,6 +29,7 @@ METAL_TYPES = (
 METAL_ENCODERS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
 
 _HOST = ("host", "host, mlx loaded")
+_AFFINE = ("quantize", "dequantize", "quantized_matmul", "gather_quantized_matmul")
 _PRODUCTS = ("quantized_matmul", "gather_quantized_matmul", "matmul", "gather_matmul")
 _BLOCKS = ("block_dequantize", "block_matmul", "gather_block_matmul")
 #: No Metal kernel of ours computes these: whoever asks for `metal` gets mlx.
@@ -38,9 +40,10 @@ class Call(NamedTuple):
     """What a choice depends on.
 
     `device` is `host` for NumPy arrays (`host, mlx loaded` where mlx was imported already), else mlx's default
-    device, `cpu` or `gpu`; `rows` is M, the rows of x; `format` is the ggml type of blocks, else `affine`; `metal` says
-    whether a GPU takes our Metal kernels (`metal_available`).
-    The dtype does not matter: on the CPU both back ends compute half floats in float32, and kernels know all three.
+    device, `cpu` or `gpu`; `rows` is M, the rows of x; `format` is the ggml type of blocks, else `affine`, with its
+    `group_size`; `metal` says whether a GPU takes our Metal kernels (`metal_available`), `faster` whether a measurement
+    of just this product on this machine says that ours is faster than mlx's (`ops.choices`).
+    Beyond that the dtype does not matter: on the CPU both back ends compute half floats in float32.
     """
 
     op: str
@@ -48,6 +51,8 @@ class Call(NamedTuple):
     rows: int = 0
     format: str = "affine"
     metal: bool = False
+    group_size: int = 0
+    faster: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,20 +64,26 @@ class _Row:
     ops: tuple[str, ...] = ()
     devices: tuple[str, ...] = ()
     formats: tuple[str, ...] = ()
+    group_sizes: tuple[int, ...] = ()
     max_rows: int | None = None
+    faster: bool = False
 
     def fits(self, call: Call) -> bool:
         return (
             (not self.ops or call.op in self.ops)
             and (not self.devices or call.device in self.devices)
             and (not self.formats or call.format in self.formats)
+            and (not self.group_sizes or call.group_size in self.group_sizes)
             and (call.metal or self.backend != "metal")
+            and (call.faster or not self.faster)
             and (self.max_rows is None or call.rows <= self.max_rows)
         )
 
 
 # Measured with mlx 0.32.4 and NumPy 2.4 on two Xeon cores; times are for a matrix of 2048 x 768.
 _TABLE: tuple[_Row, ...] = (
+    _Row("metal", "mlx has no groups of 16: ours", ops=_AFFINE, devices=("gpu",), group_sizes=(16,)),
+    _Row("numpy", "mlx has no groups of 16 on any device", ops=_AFFINE, group_sizes=(16,)),
     _Row(
         "mlx",
         "mlx's CPU kernel gives NumPy's codes and leaves the interpreter to other threads: two threads quantize 530M "
@@ -102,9 +113,15 @@ _TABLE: tuple[_Row, ...] = (
         ops=_BLOCKS,
     ),
     _Row(
+        "metal",
+        "measured on this machine (`mlxq bench --kernels`): our kernel is faster than mlx's for this product",
+        ops=("quantized_matmul", "gather_quantized_matmul"),
+        devices=("gpu",),
+        faster=True,
+    ),
+    _Row(
         "mlx",
-        "mlx has tuned kernels for all of these; our Metal kernels for affine weights wait for a measurement on the "
-        "machine that says they are faster",
+        "mlx has tuned kernels for all of these, and no measurement on this machine says that ours are faster",
         devices=("gpu",),
     ),
     _Row("mlx", "same bits as NumPy on the CPU, and the graph stays lazy", ops=("quantize", "dequantize")),
@@ -149,10 +166,19 @@ def reason(call: Call) -> str:
     return _row(call).reason
 
 
-def call_on(kind: Kind, op: str, rows: int = 0, format: str = "affine") -> Call:
-    """The `Call` of an operation on arrays of a kind, here and now."""
+def call_on(
+    kind: Kind,
+    op: str,
+    rows: int = 0,
+    format: str = "affine",
+    group_size: int = 0,
+    product: choices.Product | None = None,
+) -> Call:
+    """The `Call` of an operation on arrays of a kind, here and now; `product` is what may have been measured."""
     device = device_of(kind)
-    return Call(op, device, rows, format, device == "gpu" and metal_available())
+    metal = device == "gpu" and metal_available()
+    faster = metal and product is not None and choices.is_faster(product, rows)
+    return Call(op, device, rows, format, metal, group_size, faster)
 
 
 def metal_available() -> bool:

@@ -15,7 +15,7 @@ from mlxq.errors import BackendError, FormatError
 from mlxq.formats import ggml
 from mlxq.ops import kernel_check, metal_blocks, metal_source
 from mlxq.ops.dispatch import METAL_TYPES
-from mlxq.ops.kernel_check import TOLERANCE
+from mlxq.ops.kernel_cases import TOLERANCE, Blocks
 
 
 @pytest.fixture
@@ -159,7 +159,7 @@ def test_every_kernel_passes_its_check(checked, name):
             ("block_matmul", "F32", 40),
             ("gather_block_matmul", "F32", 2),
         ]:
-            assert kernel_check.passes(op, kernel_check.Blocks(name, dtype, row_bytes), rows)
+            assert kernel_check.passes(op, Blocks(name, dtype, row_bytes), rows)
     assert set(kernel_check._verdicts.values()) == {True}
     if not checked.real:
         # Every sort of kernel: for one row, few, tiles, and of experts one by one and in tiles.
