@@ -107,10 +107,10 @@ class QuantizedTensor:
 class Progress:
     """One progress event: `done` of `total` `unit`s of `stage` are finished; `item` names the current one."""
 
-    stage: Literal["download", "quantize", "write", "verify", "compare", "load", "prompt", "generate"]
+    stage: Literal["download", "quantize", "write", "verify", "compare", "load", "prompt", "generate", "measure"]
     done: int
     total: int
-    unit: Literal["bytes", "tensors", "blocks", "tokens"]
+    unit: Literal["bytes", "tensors", "blocks", "tokens", "matrices"]
     item: str = ""
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import mlxq
-from mlxq.cli import convert, export, generate, inspect, verify
+from mlxq.cli import bench, convert, export, generate, inspect, verify
 from mlxq.errors import UsageError
 
 _INTERRUPTED = 130
@@ -20,6 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("bench")(bench.bench)
 app.command("convert")(convert.convert)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)

@@ -24,6 +24,7 @@ _LABELS = {
     "load": "Loading",
     "prompt": "Reading the prompt",
     "generate": "Generating",
+    "measure": "Measuring",
 }
 
 
