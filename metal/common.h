@@ -105,6 +105,17 @@ MLXQ_FUNC void load_words(const device uint* p, thread uint* w) {
   }
 }
 
+/// Both halves of a word, which are registers of their own: nothing is shifted to convert them.
+MLXQ_FUNC float2 halves(uint word) {
+  const ushort2 both = as_type<ushort2>(word);
+  return float2(float(both.x), float(both.y));
+}
+
+/// The word of two halves.
+MLXQ_FUNC uint both_halves(uint low, uint high) {
+  return as_type<uint>(ushort2(ushort(low), ushort(high)));
+}
+
 /// Sum over each aligned run of `width` lanes (a power of two), in all of its lanes.
 template <int width>
 MLXQ_FUNC float sum_over(float value) {

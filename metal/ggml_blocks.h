@@ -33,7 +33,7 @@
     if constexpr (align >= 4) {                                              \
       return *(const space uint*)p;                                          \
     } else {                                                                 \
-      return ggml_short(p) | ggml_short(p + 2) << 16;                        \
+      return as_type<uint>(ushort2(ushort(ggml_short(p)), ushort(ggml_short(p + 2))));                       \
     }                                                                        \
   }                                                                          \
   template <int align>                                                       \
@@ -70,9 +70,13 @@ struct ggml_block {
   static constant constexpr const bool has_min = has_min_;
   static constant constexpr const int align = bytes_ % 8 == 0 ? 8 : bytes_ % 4 == 0 ? 4 : 2;
   static constant constexpr const int shares = block_ / 32;
+  /// Shares that follow one another and have their scales in common.
+  static constant constexpr const int run = groups_ > 1 ? 2 : 1;
+  /// Runs of octets of a share with one scale, and whose codes lie at one bit.
+  static constant constexpr const int parts = groups_;
   /// Whether a mask cuts a code out of its word, and leaves it where it is: a number so many bits too large.
   static constant constexpr const bool in_place = true;
-  /// The bits of a code in a byte; fewer than 255 where one plane has them all, at bit `bit(j)` of the bytes `words`.
+  /// The bits of a code in its byte of `words`, less the bit `bit(j)` at which they begin.
   static constant constexpr const uint mask = 255u;
 
   static MLXQ_FUNC float code(uint word, int i) {
@@ -115,16 +119,13 @@ MLXQ_FUNC uint2 ggml_nibbles(P qs, int j) {
 /// What types add whose codes are such nibbles and nothing else, from byte `at` of the block on.
 #define GGML_ONLY_NIBBLES(at)                                                \
   static constant constexpr const uint mask = 15u;                           \
+  static constant constexpr const int parts = 2;                             \
   static MLXQ_FUNC int bit(int j) {                                          \
     return 4 * (j >> 1);                                                     \
   }                                                                          \
   template <typename P>                                                      \
   static MLXQ_FUNC uint2 words(P b, int share, int j) {                      \
     return ggml_words<align>(b + at + 16 * share + 8 * (j & 1));             \
-  }                                                                          \
-  template <typename P>                                                      \
-  static MLXQ_FUNC uint2 codes(P b, int share, int j) {                      \
-    return ggml_bits(words(b, share, j), bit(j), mask);                      \
   }
 
 struct Q4_0 : ggml_block32<18, 8, false> {
@@ -137,7 +138,7 @@ struct Q4_1 : ggml_block32<20, 0, true> {
 
 struct Q5_0 : ggml_block32<22, 16, false> {
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+  static MLXQ_FUNC uint2 words(P b, int, int j) {
     const uint high = ggml_byte(b + 2 + j);
     return ggml_nibbles<align>(b + 6, j) | uint2(ggml_spread(high) << 4, ggml_spread(high >> 4) << 4);
   }
@@ -145,7 +146,7 @@ struct Q5_0 : ggml_block32<22, 16, false> {
 
 struct Q5_1 : ggml_block32<24, 0, true> {
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+  static MLXQ_FUNC uint2 words(P b, int, int j) {
     const uint high = ggml_byte(b + 4 + j);
     return ggml_nibbles<align>(b + 8, j) | uint2(ggml_spread(high) << 4, ggml_spread(high >> 4) << 4);
   }
@@ -158,7 +159,7 @@ struct Q8_0 : ggml_block32<34, 0, false> {
     return float(char(word >> uint(8 * i)));
   }
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+  static MLXQ_FUNC uint2 words(P b, int, int j) {
     return ggml_words<align>(b + 2 + 8 * j);
   }
 };
@@ -178,7 +179,7 @@ struct IQ4_NL : ggml_block32<18, 0, false> {
     return ggml_iq4_value(word, i);
   }
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int, int j) {
+  static MLXQ_FUNC uint2 words(P b, int, int j) {
     return ggml_nibbles<align>(b + 2, j);
   }
 };
@@ -199,7 +200,7 @@ struct IQ4_XS : ggml_block<256, 136, 1, 0, false> {
     return octet % 4;
   }
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+  static MLXQ_FUNC uint2 words(P b, int share, int j) {
     return ggml_nibbles<align>(b + 8 + 16 * share, j);
   }
   template <typename P>
@@ -236,30 +237,38 @@ struct Q2_K : ggml_quarters<84, 0, true, 80> {
     return ggml_words<align>(b + 16 + 8 * share);
   }
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
-    return ggml_bits(words(b, share, j), bit(j), mask);
-  }
-  template <typename P>
   static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float* minimum) {
     const uint2 w = ggml_words<align>(b + share / 4 * 8);
     const uint at = share % 4 / 2 * 8;
-    const uint both[2] = {w.x >> at, w.y >> at};
     MLXQ_UNROLL
-    for (int j = 0; j < 4; j++) {
-      scale[j] = float(both[j / 2] >> uint(16 * (j % 2)) & 15u);
-      minimum[j] = float(both[j / 2] >> uint(16 * (j % 2) + 4) & 15u);
+    for (int j = 0; j < 4; j += 2) {
+      const uint both = (j == 0 ? w.x : w.y) >> at;
+      const float2 low = halves(both & 0x000F000Fu), high = halves(both >> 4 & 0x000F000Fu);
+      scale[j] = low.x;
+      scale[j + 1] = low.y;
+      minimum[j] = high.x;
+      minimum[j + 1] = high.y;
     }
   }
 };
 
 struct Q3_K : ggml_quarters<110, 4, false, 108> {
+  static constant constexpr const uint mask = 7u;
+
+  static MLXQ_FUNC int bit(int j) {
+    return 4 * (j >> 1);
+  }
+  /// Codes of octets j and j ^ 2 in the nibbles of a word: two bits of `low`, and bits j % 2 and j % 2 + 2 of each byte of
+  /// `high`, which a product puts at bits 2 and 6 (and elsewhere).
+  static MLXQ_FUNC uint nibbles(uint low, uint high, int j) {
+    return j % 2 == 0 ? (low & 0x33333333u) | ((high & 0x05050505u) * 20u & 0x44444444u)
+                      : (low >> 2 & 0x33333333u) | ((high & 0x0A0A0A0Au) * 10u & 0x44444444u);
+  }
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+  static MLXQ_FUNC uint2 words(P b, int share, int j) {
     const uint plane = share / 4 * 4;
-    const uint2 low = ggml_bits(ggml_words<align>(b + 32 + 8 * share), 2 * j, 3u);
-    const uint2 both = ggml_words<align>(b + 8 * (share % 4));
-    const uint2 high = ggml_bits(uint2(both.x >> plane, both.y >> plane), j, 1u);
-    return low | uint2(high.x << 2, high.y << 2);
+    const uint2 low = ggml_words<align>(b + 32 + 8 * share), high = ggml_words<align>(b + 8 * (share % 4));
+    return uint2(nibbles(low.x, high.x >> plane, j), nibbles(low.y, high.y >> plane, j));
   }
   /// Six bits each: those of sub-blocks 0 and 2 or 1 and 3 of a word are cut out at once.
   template <typename P>
@@ -270,15 +279,17 @@ struct Q3_K : ggml_quarters<110, 4, false, 108> {
     const uint six[2] = {(w.x >> at & 0x000F000Fu) | (high & 0x00030003u) << 4,
                          (w.y >> at & 0x000F000Fu) | (high & 0x000C000Cu) << 2};
     MLXQ_UNROLL
-    for (int j = 0; j < 4; j++) {
-      scale[j] = float(six[j / 2] >> uint(16 * (j % 2)) & 63u) - 32.0f;
+    for (int j = 0; j < 4; j += 2) {
+      const float2 two = halves(six[j / 2]);
+      scale[j] = two.x - 32.0f;
+      scale[j + 1] = two.y - 32.0f;
     }
   }
 };
 
 struct Q6_K : ggml_quarters<210, 32, false, 208> {
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+  static MLXQ_FUNC uint2 words(P b, int share, int j) {
     const int p = share / 4, i = share % 4;
     const uint2 low = ggml_bits(ggml_words<align>(b + 64 * p + 32 * (j & 1) + 8 * i), 4 * (j >> 1), 15u);
     const uint2 high = ggml_bits(ggml_words<align>(b + 128 + 8 * share), 2 * j, 3u);
@@ -311,19 +322,18 @@ struct ggml_halves : ggml_block<256, bytes_, 2, 0, true> {
   static MLXQ_FUNC void scales(P b, int share, thread float* scale, thread float* minimum) {
     const int p = share / 2;
     P six = b + 4 + 2 * (p & 1);
-    uint s = ggml_short(six), m = ggml_short(six + 4);
+    uint both = both_halves(ggml_short(six), ggml_short(six + 4));
     if (p < 2) {
-      s &= 0x3F3Fu;
-      m &= 0x3F3Fu;
+      both &= 0x3F3F3F3Fu;
     } else {
       const uint low = ggml_short(six + 8);
-      s = (low & 0x0F0Fu) | (s & 0xC0C0u) >> 2;
-      m = (low >> 4 & 0x0F0Fu) | (m & 0xC0C0u) >> 2;
+      both = (both_halves(low, low >> 4) & 0x0F0F0F0Fu) | (both & 0xC0C0C0C0u) >> 2;
     }
-    scale[0] = float(s & 255u);
-    scale[1] = float(s >> 8);
-    minimum[0] = float(m & 255u);
-    minimum[1] = float(m >> 8);
+    const float2 first = halves(both & 0x00FF00FFu), second = halves(both >> 8 & 0x00FF00FFu);
+    scale[0] = first.x;
+    scale[1] = second.x;
+    minimum[0] = first.y;
+    minimum[1] = second.y;
   }
 };
 
@@ -333,13 +343,20 @@ struct Q4_K : ggml_halves<144> {
 
 struct Q5_K : ggml_halves<176> {
   template <typename P>
-  static MLXQ_FUNC uint2 codes(P b, int share, int j) {
+  static MLXQ_FUNC uint2 words(P b, int share, int j) {
     const uint2 high = ggml_words<align>(b + 16 + 16 * (share % 2) + 8 * (j & 1));
     const uint plane = share / 2 * 2;
     const uint2 bits = ggml_bits(uint2(high.x >> plane, high.y >> plane), j >> 1, 1u);
     return ggml_nibbles<align>(b + 48 + 16 * share, j) | uint2(bits.x << 4, bits.y << 4);
   }
 };
+
+/// The codes of octet `j` of a share, a byte each.
+template <typename Q, typename P>
+MLXQ_FUNC uint2 ggml_codes(P block, int share, int j) {
+  const uint2 w = Q::words(block, share, j);
+  return Q::mask == 255u ? w : ggml_bits(w, Q::bit(j), Q::mask);
+}
 
 /// Scales and minima of a share.
 template <typename Q, typename P>
@@ -359,7 +376,7 @@ MLXQ_FUNC void ggml_scales(P block, int share, thread float* scale, thread float
 template <typename Q, typename P>
 MLXQ_FUNC void ggml_decode(P block, int share, int j, thread const float* scale, thread const float* minimum,
                            thread float* w) {
-  const uint2 q = Q::codes(block, share, j);
+  const uint2 q = ggml_codes<Q>(block, share, j);
   const int g = j * Q::groups / 4;
   MLXQ_UNROLL
   for (int i = 0; i < 8; i++) {

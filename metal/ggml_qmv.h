@@ -62,70 +62,96 @@ MLXQ_FUNC void ggml_stage(const device uchar* w, ulong start, int count, threadg
   }
 }
 
-/// The bit of its word at which code `i` of octet `j` begins, if it is used where it lies.
-template <typename Q>
-MLXQ_FUNC int ggml_place(int i, int j) {
-  return Q::in_place ? 8 * (i % 4) + Q::bit(j) : 0;
-}
-
-/// x for a share, divided by the powers of two by which codes are too large. `sums` are those of the groups, undivided.
+/// x for a share, as floats; the sums of its groups are taken from `less`.
 template <typename Q, typename P>
-MLXQ_FUNC void ggml_load_x(P x, int share, thread float* v, thread float* sums) {
-  MLXQ_UNROLL
-  for (int g = 0; g < Q::groups; g++) {
-    sums[g] = 0.0f;
-  }
+MLXQ_FUNC void ggml_load_x(P x, int share, thread float* v, thread float* less) {
   MLXQ_UNROLL
   for (int j = 0; j < 4; j++) {
-    MLXQ_UNROLL
-    for (int h = 0; h < 2; h++) {
-      const float4 a = load4(x + 8 * Q::octet(share, j) + 4 * h);
-      if (Q::has_min || Q::offset != 0) {
-        sums[j * Q::groups / 4] += (a.x + a.y) + (a.z + a.w);
-      }
-      const float values[4] = {a.x, a.y, a.z, a.w};
+    load_floats<8>(x + 8 * Q::octet(share, j), v + 8 * j);
+    if (Q::has_min || Q::offset != 0) {
       MLXQ_UNROLL
-      for (int i = 0; i < 4; i++) {
-        v[8 * j + 4 * h + i] = values[i] * (1.0f / float(1u << uint(ggml_place<Q>(i, j))));
+      for (int i = 8 * j; i < 8 * j + 8; i += 4) {
+        less[j * Q::groups / 4] -= (v[i] + v[i + 1]) + (v[i + 2] + v[i + 3]);
       }
     }
   }
 }
 
-/// The product of a share with x as `ggml_load_x` gives it: codes are multiplied first, scales their sums.
+/// Adds the products of a share's codes with x to `dots`, one for each part. Codes are cut out of their words by two, one
+/// of each half, and stay where they are: those of part p 2^bit too large, those of odd bytes (`dots[p][1]`) another 2^8.
 template <typename Q>
-MLXQ_FUNC float ggml_dot(const threadgroup uchar* block, int share, thread const float* v, thread const float* sums) {
-  float scale[Q::groups], minimum[Q::groups], dots[Q::groups];
+MLXQ_FUNC void ggml_add_codes(const threadgroup uchar* block, int share, thread const float* v,
+                              thread float (*dots)[2]) {
+  // Octets have words in common: compilers see that if nothing lies between.
+  uint2 words[4];
+  MLXQ_UNROLL
+  for (int j = 0; j < 4; j++) {
+    words[j] = Q::words(block, share, j);
+  }
+  MLXQ_UNROLL
+  for (int j = 0; j < 4; j++) {
+    const int p = j * Q::parts / 4;
+    MLXQ_UNROLL
+    for (int h = 0; h < 2; h++) {
+      const uint word = h == 0 ? words[j].x : words[j].y;
+      thread const float* u = v + 8 * j + 4 * h;
+      if constexpr (Q::in_place) {
+        const uint mask = Q::mask * 0x00010001u << uint(Q::bit(j));
+        const float2 even = halves(word & mask), odd = halves(word & mask << 8);
+        dots[p][0] = fma(even.y, u[2], fma(even.x, u[0], dots[p][0]));
+        dots[p][1] = fma(odd.y, u[3], fma(odd.x, u[1], dots[p][1]));
+      } else {
+        MLXQ_UNROLL
+        for (int i = 0; i < 4; i++) {
+          dots[p][i % 2] = fma(Q::code(word, i), u[i], dots[p][i % 2]);
+        }
+      }
+    }
+  }
+}
+
+/// `total` and the product of weights with x that follows from that of their codes; `less` is of `ggml_load_x`.
+template <typename Q>
+MLXQ_FUNC float ggml_scaled(const threadgroup uchar* block, int share, thread const float (*dots)[2],
+                            thread const float* less, float total) {
+  float scale[Q::groups], minimum[Q::groups], dot = 0.0f, least = 0.0f;
   Q::scales(block, share, scale, minimum);
   MLXQ_UNROLL
   for (int g = 0; g < Q::groups; g++) {
-    dots[g] = Q::offset == 0 ? 0.0f : -float(Q::offset) * sums[g];
-  }
-  MLXQ_UNROLL
-  for (int j = 0; j < 4; j++) {
-    uint2 q;
-    if constexpr (Q::mask != 255u) {
-      q = Q::words(block, share, j);
-    } else {
-      q = Q::codes(block, share, j);
-    }
+    float sum = Q::offset == 0 ? 0.0f : float(Q::offset) * less[g];
     MLXQ_UNROLL
-    for (int i = 0; i < 8; i++) {
-      const uint word = i < 4 ? q.x : q.y;
-      const float code = Q::in_place ? float(word & Q::mask << uint(ggml_place<Q>(i, j))) : Q::code(word, i % 4);
-      dots[j * Q::groups / 4] = fma(code, v[8 * j + i], dots[j * Q::groups / 4]);
+    for (int p = g * Q::parts / Q::groups; p < (g + 1) * Q::parts / Q::groups; p++) {
+      const float place = 1.0f / float(1u << uint(Q::in_place ? Q::bit(p * 4 / Q::parts) : 0));
+      sum = fma(dots[p][0], place, fma(dots[p][1], Q::in_place ? place / 256.0f : 1.0f, sum));
     }
-  }
-  float dot = 0.0f, least = 0.0f;
-  MLXQ_UNROLL
-  for (int g = 0; g < Q::groups; g++) {
-    dot = fma(scale[g], dots[g], dot);
+    dot = fma(scale[g], sum, dot);
     if (Q::has_min) {
-      least = fma(minimum[g], sums[g], least);
+      least = fma(minimum[g], less[g], least);
     }
   }
   const float2 unit = Q::unit(block);
-  return Q::has_min ? fma(unit.x, dot, -unit.y * least) : unit.x * dot;
+  total = fma(unit.x, dot, total);
+  return Q::has_min ? fma(unit.y, least, total) : total;
+}
+
+/// Adds the products of ROWS rows with one row of x to `sums`: those of a run of shares, `share` the first, of the block
+/// at byte `at` of each row. `x` is at the block.
+template <typename Q, int ROWS, typename P>
+MLXQ_FUNC void ggml_dot(const threadgroup uchar* const thread* blocks, int at, int share, P x, thread float* sums) {
+  float dots[ROWS][Q::parts][2] = {}, less[Q::groups] = {};
+  MLXQ_UNROLL
+  for (int s = 0; s < Q::run; s++) {
+    float v[32];
+    ggml_load_x<Q>(x, share + s, v, less);
+    MLXQ_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      ggml_add_codes<Q>(blocks[r] + at, share + s, v, dots[r]);
+    }
+  }
+  MLXQ_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    sums[r] = ggml_scaled<Q>(blocks[r] + at, share, dots[r], less, sums[r]);
+  }
 }
 
 /// The products of a share of ROWS rows with M rows of x: every weight is decoded once.
@@ -199,16 +225,12 @@ MLXQ_FUNC void ggml_qmv(P x, const device uchar* w, device T* y, int K, int N, t
       }
     }
     simdgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = int(lane); i < count * Q::shares; i += SIMD_LANES) {
-      const int block = i / Q::shares, share = i % Q::shares;
+    constexpr int run = M == 1 ? Q::run : 1, runs = Q::shares / run;
+    for (int i = int(lane); i < count * runs; i += SIMD_LANES) {
+      const int block = int(uint(i) / runs), share = int(uint(i) % runs) * run;
       const P part = x + ulong(start + block) * Q::block;
       if constexpr (M == 1) {
-        float v[32], sums[Q::groups];
-        ggml_load_x<Q>(part, share, v, sums);
-        MLXQ_UNROLL
-        for (int r = 0; r < ROWS; r++) {
-          acc[0][r] += ggml_dot<Q>(blocks[r] + block * Q::bytes, share, v, sums);
-        }
+        ggml_dot<Q, ROWS>(blocks, block * Q::bytes, share, part, acc[0]);
       } else {
         ggml_dots<Q, M, ROWS>(blocks, block * Q::bytes, share, part, K, acc);
       }

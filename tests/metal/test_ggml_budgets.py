@@ -14,13 +14,12 @@ from mlxq.ops import metal_blocks
 from mlxq.ops.metal_blocks import METAL_TYPES
 
 K = 4096
-#: Types, the bits of the affine format that mlx multiplies with, and the most arithmetic beside that. Q4_1 and Q5_1 are
-#: that format. Super-blocks have scales that are themselves unpacked, for 16 or 32 weights each; mlx reads its own as
-#: they are.
+#: Types, and the bits of the affine format whose kernels of mlx ours are measured by: mlx has none for blocks. Q4_1 and
+#: Q5_1 are that format; the scales of super-blocks are themselves unpacked, which must cost no more than mlx's reading.
 _PEERS = {
-    **{"Q4_0": (4, 1.0), "Q4_1": (4, 1.0), "Q5_0": (5, 1.0), "Q5_1": (5, 1.0), "Q8_0": (8, 1.0)},
-    **{"Q2_K": (2, 1.15), "Q3_K": (3, 1.27), "Q4_K": (4, 1.07), "Q5_K": (5, 1.05), "Q6_K": (6, 1.0)},
-    **{"IQ4_NL": (4, 1.0), "IQ4_XS": (4, 1.0)},
+    **{"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8},
+    **{"Q2_K": 2, "Q3_K": 3, "Q4_K": 4, "Q5_K": 5, "Q6_K": 6},
+    **{"IQ4_NL": 4, "IQ4_XS": 4},
 }
 
 
@@ -50,17 +49,16 @@ def test_one_row_reads_each_byte_once_in_full_lines(counted, name) -> None:
     N = 16
     report = counted(name, 1, N)
     _check_reads(report)
-    bits, most = _PEERS[name]
-    theirs = _affine(bits, 1, N)
+    theirs = _affine(_PEERS[name], 1, N)
     assert report.loads <= theirs.loads
-    assert report.arithmetic <= most * theirs.arithmetic
+    assert report.arithmetic <= theirs.arithmetic
 
 
 @pytest.mark.parametrize(("name", "M"), [("Q4_K", 2), ("Q6_K", 8), ("Q4_0", 16)])
 def test_few_rows_read_each_byte_once_in_full_lines_and_cost_less_than_affine_weights(counted, name, M) -> None:
     report = counted(name, M, 16)
     _check_reads(report)
-    theirs = _affine(_PEERS[name][0], M, 16)
+    theirs = _affine(_PEERS[name], M, 16)
     assert report.loads <= theirs.loads
     assert report.arithmetic <= theirs.arithmetic
 
@@ -71,7 +69,7 @@ def test_few_rows_read_each_byte_once_in_full_lines_and_cost_less_than_affine_we
 def test_each_pass_of_tiles_reads_each_byte_once_and_costs_no_more_than_affine_weights(counted, name) -> None:
     report = counted(name, 33, 64)
     w = report.buffers["w"]
-    theirs = _affine(_PEERS[name][0], 33, 64)
+    theirs = _affine(_PEERS[name], 33, 64)
     assert report.loads <= theirs.loads
     assert report.arithmetic <= theirs.arithmetic
     assert w.unique_read == w.size
