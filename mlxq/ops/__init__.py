@@ -24,16 +24,21 @@ from mlxq.ops import kernel_check, validation
 from mlxq.ops.arrays import Kind, Operand, describe, import_mlx, indices_to_kind, to_kind
 from mlxq.ops.choices import Product
 from mlxq.ops.dispatch import Backend, Call, asked, call_on, choose
+from mlxq.ops.fused import BlockWeights, PackedWeights, gated_projection, projections
 from mlxq.ops.kernel_cases import Affine, Blocks
 
 __all__ = [
+    "BlockWeights",
+    "PackedWeights",
     "block_dequantize",
     "block_matmul",
     "dequantize",
+    "gated_projection",
     "gather_block_matmul",
     "gather_matmul",
     "gather_quantized_matmul",
     "matmul",
+    "projections",
     "quantize",
     "quantized_matmul",
 ]

@@ -107,6 +107,11 @@ def _alike(size: int, period: int) -> int:
     return size if size < 2 * period else period + size % period
 
 
+def rows_of(sort: str) -> int:
+    """How many rows of x a sort of kernels (`Case.rows`) is checked with."""
+    return _SORTS[sort][1]
+
+
 def outcomes(case: Case) -> Iterator[Outcome]:
     """Run a case's kernels."""
     compute = _of_blocks if isinstance(case.weights, Blocks) else _of_affine
@@ -125,17 +130,17 @@ def _of_blocks(case: Case, weights: Blocks, rng: np.random.Generator) -> Iterato
     elif case.op == "block_matmul":
         blocks = random_blocks(rng, type_name, (_N, n_blocks))
         w = ggml.dequantize(blocks, type_name).astype(np.float64)
-        x = _random_x(rng, (_SORTS[case.rows][1], w.shape[-1]), dtype)
-        yield _product(metal_blocks.block_matmul(to_mlx(x), to_mlx(blocks), type_name), _wide(x) @ w.T, dtype)
+        x = random_x(rng, (rows_of(case.rows), w.shape[-1]), dtype)
+        yield _product(metal_blocks.block_matmul(to_mlx(x), to_mlx(blocks), type_name), wide(x) @ w.T, dtype)
     else:
         blocks = random_blocks(rng, type_name, (_EXPERTS, _N, n_blocks))
         w = ggml.dequantize(blocks, type_name).astype(np.float64)
         # Few products go one by one, many sorted by expert and in tiles.
         for n in (2, 40):
             experts = rng.integers(0, _EXPERTS, n).astype(np.uint32)
-            x = _random_x(rng, (n, 1, w.shape[-1]), dtype)
+            x = random_x(rng, (n, 1, w.shape[-1]), dtype)
             y = metal_blocks.gather_block_matmul(to_mlx(x), to_mlx(blocks), import_mlx().array(experts), type_name)
-            yield _product(y, _gathered(_wide(x), w, experts), dtype)
+            yield _product(y, _gathered(wide(x), w, experts), dtype)
 
 
 def _of_affine(case: Case, how: Affine, rng: np.random.Generator) -> Iterator[Outcome]:
@@ -143,10 +148,10 @@ def _of_affine(case: Case, how: Affine, rng: np.random.Generator) -> Iterator[Ou
 
     grid = how.bits, how.group_size
     if case.op == "quantize":
-        w = _random_x(rng, (_N, how.K), how.scales_dtype)
+        w = random_x(rng, (_N, how.K), how.scales_dtype)
         packed = [_stored(a) for a in metal_backend.quantize(to_mlx(w), *grid)]
-        steps = np.repeat(np.abs(_wide(packed[1])), how.group_size, axis=-1)
-        yield Outcome(_decoded(packed, how), _wide(w), _STEPS * steps)
+        steps = np.repeat(np.abs(wide(packed[1])), how.group_size, axis=-1)
+        yield Outcome(decoded(packed, how), wide(w), _STEPS * steps)
         return
     lead = (_EXPERTS,) if case.op == "gather_quantized_matmul" else ()
     packed = random_affine(rng, (*lead, how.N or _N, how.K), *grid, how.scales_dtype)
@@ -157,24 +162,24 @@ def _of_affine(case: Case, how: Affine, rng: np.random.Generator) -> Iterator[Ou
             _stored(metal_backend.dequantize(*held, *grid, None)), affine.dequantize(codes, *packed[1:], *grid)
         )
         return
-    w = _decoded(packed, how)
+    w = decoded(packed, how)
     w = w if how.transpose else w.swapaxes(-1, -2)
     out = how.dtype if how.dtype == how.scales_dtype else "F32"
     if case.op == "quantized_matmul":
-        x = _random_x(rng, (_SORTS[case.rows][1], w.shape[-1]), how.dtype)
-        yield _product(metal_backend.quantized_matmul(to_mlx(x), *held, how.transpose, *grid), _wide(x) @ w.T, out)
+        x = random_x(rng, (rows_of(case.rows), w.shape[-1]), how.dtype)
+        yield _product(metal_backend.quantized_matmul(to_mlx(x), *held, how.transpose, *grid), wide(x) @ w.T, out)
         return
     # Few products go one by one, many sorted by expert and in tiles.
     for n in (2, metal_backend.MIN_SORTED_ROWS + 6):
         experts = np.sort(rng.integers(0, _EXPERTS, n)).astype(np.uint32)
-        x = _random_x(rng, (n, 1, w.shape[-1]), how.dtype)
+        x = random_x(rng, (n, 1, w.shape[-1]), how.dtype)
         indices = import_mlx().array(experts)
         y = metal_backend.gather_quantized_matmul(to_mlx(x), *held, indices, how.transpose, *grid, True)
-        yield _product(y, _gathered(_wide(x), w, experts), out)
+        yield _product(y, _gathered(wide(x), w, experts), out)
 
 
 def _product(y: Any, expected: np.ndarray, dtype: str) -> Outcome:
-    return Outcome(_wide(y), expected, TOLERANCE[dtype] * float(np.abs(expected).max()))
+    return Outcome(wide(y), expected, TOLERANCE[dtype] * float(np.abs(expected).max()))
 
 
 def _gathered(x: np.ndarray, w: np.ndarray, experts: np.ndarray) -> np.ndarray:
@@ -207,13 +212,13 @@ def random_affine(
     return [w_q, from_float32(scales, dtype), from_float32(biases, dtype)]
 
 
-def _random_x(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+def random_x(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
     return from_float32(rng.standard_normal(shape).astype(np.float32), dtype)
 
 
-def _decoded(packed: list[np.ndarray], how: Affine) -> np.ndarray:
+def decoded(packed: list[np.ndarray], how: Affine) -> np.ndarray:
     """`scales * q + biases` in float64, not rounded."""
-    scales, biases = (np.repeat(_wide(a), how.group_size, axis=-1) for a in packed[1:])
+    scales, biases = (np.repeat(wide(a), how.group_size, axis=-1) for a in packed[1:])
     return affine.unpack(packed[0], how.bits, how.K) * scales + biases
 
 
@@ -221,6 +226,6 @@ def _stored(a: Any) -> np.ndarray:
     return np.array(to_numpy(a))
 
 
-def _wide(a: Any) -> np.ndarray:
+def wide(a: Any) -> np.ndarray:
     a = to_numpy(a)
     return to_float32(a, dtype_of(a)).astype(np.float64)

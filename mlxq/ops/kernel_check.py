@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from mlxq.ops.arrays import import_mlx
 from mlxq.ops.dispatch import launches_on_gpu
-from mlxq.ops.kernel_cases import Affine, Blocks, Case, case_of, outcomes
+from mlxq.ops.kernel_cases import Affine, Blocks, Case, Outcome, case_of, outcomes
 
-_verdicts: dict[Case, bool] = {}
+_verdicts: dict[Any, bool] = {}
 _lock = threading.Lock()
 
 
@@ -29,6 +31,11 @@ def passes(op: str, weights: Blocks | Affine, rows: int) -> bool:
         rows: of x; 0 where there is no x.
     """
     case = case_of(op, weights, rows)
+    return agrees(case, outcomes, _instead(case))
+
+
+def agrees(case: Any, run: Callable[[Any], Iterator[Outcome]], instead: str) -> bool:
+    """Whether the kernels of a case agree with NumPy; otherwise warns, the first time, what is done `instead`."""
     verdict = _verdicts.get(case)
     if verdict is None:
         if not launches_on_gpu():
@@ -36,20 +43,18 @@ def passes(op: str, weights: Blocks | Affine, rows: int) -> bool:
         with _lock:
             verdict = _verdicts.get(case)
             if verdict is None:
-                verdict = _verdicts[case] = _check(case)
+                verdict = _verdicts[case] = _check(case, run, instead)
     return verdict
 
 
-def _check(case: Case) -> bool:
+def _check(case: Any, run: Callable[[Any], Iterator[Outcome]], instead: str) -> bool:
     try:
-        wrong = next(filter(None, (outcome.complaint for outcome in outcomes(case))), "")
+        wrong = next(filter(None, (outcome.complaint for outcome in run(case))), "")
     except Exception as error:  # whatever keeps it from running: the Metal compiler, mlx, the driver
         wrong = _told_by(error)
     if wrong:
         chip = import_mlx().device_info().get("device_name", "this GPU")
-        warnings.warn(
-            f"the Metal kernel for {case} is not used on {chip}, {_instead(case)} instead: {wrong}", stacklevel=5
-        )
+        warnings.warn(f"the Metal kernel for {case} is not used on {chip}, {instead} instead: {wrong}", stacklevel=6)
     return not wrong
 
 

@@ -1,6 +1,6 @@
 """Several products with the same rows of x in one launch (`metal/affine_fused.h`, `metal/ggml_fused.h`).
 
-For 1 to `MAX_VECTOR_ROWS` rows of x, which is where reading weights is all the work; arguments are those that
+For 1 to 16 rows of x, which is where reading weights is all the work; arguments are those that
 `mlxq.ops.fused` checked. A permutation of x's columns is applied as x is loaded, with no copy of x.
 """
 
@@ -11,8 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxq.formats.geometry import block_format
-from mlxq.ops.metal_affine import MAX_VECTOR_ROWS, SIMD, blocks_of
+from mlxq.ops.metal_affine import SIMD, blocks_of
 from mlxq.ops.metal_blocks import piece, qmv_rows, steps_of
 from mlxq.ops.metal_source import at_device, kernel, kernel_name
 
@@ -24,7 +23,6 @@ _THREADS = _SIMD_GROUPS * SIMD
 _AT = "threadgroup_position_in_grid.x, simdgroup_index_in_threadgroup, thread_index_in_simdgroup"
 
 Packed = tuple[mx.array, mx.array, mx.array]
-__all__ = ["ACTIVATIONS", "MAX_VECTOR_ROWS", "affine_each", "affine_gated", "block_each", "block_gated"]
 
 
 def affine_each(
@@ -75,7 +73,7 @@ def affine_each(
 def affine_gated(
     x: mx.array, gate: Packed, up: Packed, grid: tuple[int, int], activation: str, g_idx: mx.array | None
 ) -> mx.array:
-    """`activation(x @ gate.T) * (x @ up.T)` for two affine matrices `[N, K]` of one grid; the rest as in `affine_each`."""
+    """`activation(x @ gate.T) * (x @ up.T)` for two affine matrices `[N, K]` of one grid; as `affine_each`."""
     (M, K), N, (bits, group_size) = x.shape, gate[0].shape[0], grid
     dtype = _promoted(x, gate[1])
     template = {"X": x.dtype, "S": gate[1].dtype, "Y": dtype, "GROUP_SIZE": group_size, "BITS": bits, "N": N}
