@@ -1,9 +1,9 @@
 """The operations on ggml blocks by the project's own Metal kernels (`metal/ggml_*.h`), on mlx's default device.
 
 The functions have the signatures of the other back ends. The blocks are a GGUF file's bytes, as they are. Arguments are
-validated before a launch. Kernels are made for a type of blocks, a dtype of x, and what the tables here say; their
-names encode it. Up to `MAX_VECTOR_ROWS` rows of x are multiplied by `ggml_qmv`, which reads each weight once for all
-of them and is bound by that; more by `ggml_qmm`, in tiles.
+validated mlx arrays (`mlxq.ops` checks them), so no kernel sees shapes it was not made for. Kernels are made for a type
+of blocks, a dtype of x, and what the tables here say; their names encode it. Up to `MAX_VECTOR_ROWS` rows of x are
+multiplied by `ggml_qmv`, which reads each weight once for all of them and is bound by that; more by `ggml_qmm`, in tiles.
 
 Blocks must begin at a multiple of 16 bytes in memory, as every array of mlx does; rows taken from one do too, as far as
 it matters (`piece`).
@@ -19,15 +19,13 @@ import numpy as np
 
 from mlxq.errors import BackendError
 from mlxq.formats.geometry import block_format
-from mlxq.ops import validation
-from mlxq.ops.arrays import describe, mlx_dtype
+from mlxq.ops.arrays import mlx_dtype
 from mlxq.ops.dispatch import METAL_TYPES
-from mlxq.ops.metal_source import kernel, kernel_name
+from mlxq.ops.metal_source import check_sizes, kernel, kernel_name
 
 #: Rows of x that `ggml_qmv` takes at once.
 MAX_VECTOR_ROWS = 16
 
-_MAX_INT = (1 << 31) - 1
 #: Threads of a threadgroup, and 1024s of weights of a row that are in threadgroup memory at once: enough that a row's
 #: bytes fill whole lines.
 _QMV_THREADS = 64
@@ -42,16 +40,16 @@ _MIN_SORTED_ROWS, _MIN_ROWS_OF_EXPERT = 32, 4
 def block_dequantize(blocks: mx.array, type_name: str, dtype: str) -> mx.array:
     """The weights, bit for bit those of `formats.ggml.dequantize`, rounded to `dtype` once.
 
-    Arguments, result and `FormatError` as in `mlxq.ops.block_dequantize`.
+    Arguments and result as in `mlxq.ops.block_dequantize`.
 
     Raises:
         BackendError: a type without kernels.
     """
     op = "block_dequantize"
-    validation.block_dequantize(describe(op, "blocks", blocks), type_name, dtype)
     _check_type(op, type_name)
     f = block_format(type_name)
     shape = (*blocks.shape[:-1], blocks.shape[-1] // f.type_size * f.block_size)
+    check_sizes(op, 0, threads=prod(shape) // 32)
     T = mlx_dtype(dtype)
     if not blocks.size:
         return mx.zeros(shape, T)
@@ -74,17 +72,15 @@ def block_dequantize(blocks: mx.array, type_name: str, dtype: str) -> mx.array:
 
 
 def block_matmul(x: mx.array, blocks: mx.array, type_name: str) -> mx.array:
-    """`x @ w.T`; arguments, result and `FormatError` as in `mlxq.ops.block_matmul`.
+    """`x @ w.T`; arguments and result as in `mlxq.ops.block_matmul`.
 
     Raises:
-        BackendError: a type without kernels, or a matrix with 2^31 rows or columns.
+        BackendError: a type without kernels, or more rows or columns than a launch counts.
     """
     op = "block_matmul"
-    described = describe(op, "x", x), describe(op, "blocks", blocks)
-    M = validation.block_matmul(*described, type_name)
     _check_type(op, type_name)
-    N, K = blocks.shape[0], x.shape[-1]
-    _check_sizes(op, M=M, N=N, K=K)
+    M, N, K = prod(x.shape[:-1]), blocks.shape[0], x.shape[-1]
+    check_sizes(op, N, M=M, K=K)
     shape = (*x.shape[:-1], N)
     if not (M and N and K):
         return mx.zeros(shape, x.dtype)
@@ -97,21 +93,19 @@ def block_matmul(x: mx.array, blocks: mx.array, type_name: str) -> mx.array:
 def gather_block_matmul(
     x: mx.array, blocks: mx.array, rhs_indices: mx.array, type_name: str, sorted_indices: bool = False
 ) -> mx.array:
-    """Products with experts; arguments, result and `FormatError` as in `mlxq.ops.gather_block_matmul`.
+    """Products with experts; arguments and result as in `mlxq.ops.gather_block_matmul`.
 
     A product with an expert that `blocks` does not have is NaN.
 
     Raises:
-        BackendError: a type without kernels, or 2^31 rows, columns or products.
+        BackendError: a type without kernels, or more rows, columns or products than a launch counts.
     """
     op = "gather_block_matmul"
-    described = describe(op, "x", x), describe(op, "blocks", blocks), describe(op, "rhs_indices", rhs_indices)
-    validation.gather_block_matmul(*described, type_name)
     _check_type(op, type_name)
     (E, N), (M, K) = blocks.shape[:2], x.shape[-2:]
     batch = np.broadcast_shapes(x.shape[:-2], rhs_indices.shape)
     B = prod(batch)
-    _check_sizes(op, M=M, N=N, K=K, batch=B * M)
+    check_sizes(op, N, M=M, K=K, products=B * M)
     shape = (*batch, M, N)
     if not (B and M and N and K and E):
         return mx.zeros(shape, x.dtype)
@@ -264,12 +258,6 @@ def _check_type(op: str, type_name: str) -> None:
         raise BackendError(
             f"{op}: the metal back end has no kernel for ggml type {type_name!r}; it has for {_listed(METAL_TYPES)}"
         )
-
-
-def _check_sizes(op: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if size > _MAX_INT:
-            raise BackendError(f"{op}: the metal back end counts {name} to {_MAX_INT}, got {size}")
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from random_blocks import random_blocks
 
+from mlxq import ops
 from mlxq.errors import BackendError, FormatError
 from mlxq.formats import ggml
 from mlxq.ops import metal_blocks
@@ -80,5 +81,5 @@ def test_bad_input_is_refused_before_a_launch(metal) -> None:
         ((x, mx.zeros((2, 5, 17), mx.uint8), indices, "MXFP4"), BackendError, "no kernel for ggml type 'MXFP4'"),
     ):
         with pytest.raises(error, match=message):
-            metal_blocks.gather_block_matmul(*arguments)
+            ops.gather_block_matmul(*arguments[:3], type_name=arguments[3], backend="metal")
     assert not metal.launches
