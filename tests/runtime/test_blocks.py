@@ -18,7 +18,8 @@ from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import build_model
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import OutputError
-from mlxq.runtime import blocks
+from mlxq.runtime import block_layout, blocks
+from mlxq.runtime.block_layout import NotStreamable
 from mlxq.runtime.blocks import StreamedModel
 from mlxq.runtime.layers import install_layers
 from mlxq.runtime.weights import load_parameters
@@ -224,9 +225,9 @@ def test_a_model_without_a_trunk_is_run_whole_and_says_so(tmp_path: Path, monkey
     path = save(tmp_path / "m", config_of("llama"))
 
     def unfit(model: nn.Module) -> str:
-        raise blocks._NotStreamable("it has no list of blocks")
+        raise NotStreamable("it has no list of blocks")
 
-    monkeypatch.setattr(blocks, "_path_of_blocks", unfit)
+    monkeypatch.setattr(block_layout, "_path_of_blocks", unfit)
     assert assert_same(path).whole == "it has no list of blocks"
 
 
