@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from math import gcd
 from typing import Any, NamedTuple
 
@@ -89,6 +90,7 @@ class Outcome(NamedTuple):
         return f"error {float(error.max()) / largest:.2g} of the largest output, allowed {limit:.2g}"
 
 
+@lru_cache(maxsize=1024)
 def case_of(op: str, weights: Blocks | Affine, rows: int) -> Case:
     """The case that stands for a call with `rows` rows of x."""
     sort = ""

@@ -3,7 +3,7 @@
 The functions have the signatures of the other back ends. The blocks are a GGUF file's bytes, as they are. Arguments are
 validated mlx arrays (`mlxq.ops` checks them), so no kernel sees shapes it was not made for. Kernels are made for a type
 of blocks, a dtype of x, and what the tables here say; their names encode it. Up to `MAX_VECTOR_ROWS` rows of x are
-multiplied by `ggml_qmv`, which reads each weight once for all of them and is bound by that; more by `ggml_qmm`, in tiles.
+multiplied by `ggml_qmv`, which reads each weight once for all of them and is bound by that; more by `ggml_qmm`, tiled.
 
 Blocks must begin at a multiple of 16 bytes in memory, as every array of mlx does; rows taken from one do too, as far as
 it matters (`piece`).
