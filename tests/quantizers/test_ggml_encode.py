@@ -79,6 +79,19 @@ def test_importance_of_float64_and_rows_that_are_not_contiguous(name):
     np.testing.assert_array_equal(quantize(np.asfortranarray(w), name, values.astype(np.float64)), expected)
 
 
+@pytest.mark.parametrize("name", ["F16", "Q8_0", "Q4_K"])
+def test_mlx_arrays_come_back_as_mlx_arrays(name):
+    mx = pytest.importorskip("mlx.core")
+    w, values = weights(2), importance()
+    blocks = quantize(mx.array(w), name, mx.array(values))
+    assert isinstance(blocks, mx.array)
+    np.testing.assert_array_equal(np.array(blocks), quantize(w, name, values))
+    with pytest.raises(FormatError, match=r"weights are float32 \[..., K\], got BF16 \[2, 512\]"):
+        quantize(mx.array(w).astype(mx.bfloat16), name)
+    with pytest.raises(FormatError, match="w must be a NumPy or mlx array, got list"):
+        quantize(w.tolist(), name)
+
+
 @pytest.mark.parametrize("name", ENCODABLE)
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_weights_that_are_not_finite_are_refused(name, value):
@@ -116,8 +129,8 @@ def test_other_types_dtypes_and_back_ends_are_refused():
         quantize(weights(2), "IQ2_XS")
     with pytest.raises(FormatError, match=r"weights are float32 \[..., K\], got float64 \[2, 512\]"):
         quantize(weights(2).astype(np.float64), "Q4_K")
-    with pytest.raises(FormatError, match=r"got float32 \[\]"):
-        quantize(np.float32(1).reshape(()), "Q4_K")
+    with pytest.raises(FormatError, match=r"got F32 \[\]"):
+        quantize(np.zeros((), np.float32), "Q4_K")
     with pytest.raises(BackendError, match="unknown back end 'cuda'"):
         quantize(weights(2), "Q4_K", backend="cuda")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
 from mlxq.errors import BackendError, FormatError
 from mlxq.formats import floats
 from mlxq.formats.geometry import block_format
+from mlxq.ops.arrays import Operand, describe, to_kind, to_numpy
 from mlxq.ops.dispatch import Call, asked, choose, device_of, metal_available
 
 _ASYMMETRIC = ("Q4_1", "Q5_1", "Q2_K", "Q4_K", "Q5_K")
@@ -23,9 +25,7 @@ ENCODABLE = _FLOATS + _ASYMMETRIC + _SYMMETRIC + _IQ4
 _LEAST_IMPORTANCE = 1e-6
 
 
-def quantize(
-    w: np.ndarray, name: str, importance: np.ndarray | None = None, *, backend: str | None = None
-) -> np.ndarray:
+def quantize(w: Any, name: str, importance: Any | None = None, *, backend: str | None = None) -> Any:
     """Encode weights as blocks of a ggml type.
 
     Float types are rounded to nearest even. The others are searched: for the least sum of squared errors, each
@@ -33,7 +33,7 @@ def quantize(
     `iq4` say how). Rows are encoded independently, so rows may be passed in parts, from several threads.
 
     Args:
-        w: float32 `[..., K]`, finite; `K` a multiple of the type's block.
+        w: NumPy or mlx array, float32 `[..., K]`, finite; `K` a multiple of the type's block.
         name: one of `ENCODABLE`.
         importance: float `[K]`, or `[E, K]` for `w` `[E, ..., K]`: how much the squared error of each input column
             counts, as in an importance matrix; not negative. None, or all zero, is all alike.
@@ -41,14 +41,22 @@ def quantize(
             types, and leaves the others to mlx.
 
     Returns:
-        uint8 `[..., K // block_size * type_size]`.
+        uint8 `[..., K // block_size * type_size]`, of the kind of `w`.
 
     Raises:
         FormatError: a type that cannot be encoded, rows that are not whole blocks, a weight that is not finite or
             too large for the type, importance of another length, negative or not finite.
         BackendError: a back end that is unknown or not installed.
     """
-    _validate(w, name)
+    described = describe(str(name), "w", w)
+    _validate(described, name)
+    w = to_numpy(w)
+    if not floats.all_finite(w):
+        raise FormatError(f"{name}: a weight is NaN or infinite in an array of shape {list(w.shape)}")
+    return to_kind(_quantize(w, name, importance, backend), described.kind)
+
+
+def _quantize(w: np.ndarray, name: str, importance: Any | None, backend: str | None) -> np.ndarray:
     format = block_format(name)
     row_bytes = w.shape[-1] // format.block_size * format.type_size
     if name in _FLOATS:
@@ -67,21 +75,19 @@ def _quantize_experts(w: np.ndarray, name: str, importance: np.ndarray, backend:
             f"{name}: importance of shape {list(importance.shape)} is one row for each expert, but the weights are "
             f"{list(w.shape)}"
         )
-    return np.stack([quantize(part, name, row, backend=backend) for part, row in zip(w, importance, strict=True)])
+    return np.stack([_quantize(part, name, row, backend) for part, row in zip(w, importance, strict=True)])
 
 
-def _validate(w: np.ndarray, name: str) -> None:
+def _validate(w: Operand, name: str) -> None:
     if name not in ENCODABLE:
         raise FormatError(f"ggml type {name!r} cannot be encoded: the types that can are {', '.join(ENCODABLE)}")
-    if w.dtype != np.float32 or w.ndim < 1:
+    if w.dtype != "F32" or w.ndim < 1:
         raise FormatError(f"{name}: weights are float32 [..., K], got {w.dtype} {list(w.shape)}")
     block_size = block_format(name).block_size
     if w.shape[-1] % block_size:
         raise FormatError(
             f"{name}: a row is whole blocks of {block_size} weights, got {w.shape[-1]}; choose a type of smaller blocks"
         )
-    if not floats.all_finite(w):
-        raise FormatError(f"{name}: a weight is NaN or infinite in an array of shape {list(w.shape)}")
 
 
 def _cast(w: np.ndarray, name: str) -> np.ndarray:
