@@ -174,7 +174,7 @@ def test_only_one_block_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     """Every load finds the parameters of all other blocks released."""
     held: set[str] = set()
     most: list[set[str]] = []
-    load, release = blocks.load_parameters, blocks.release_parameters
+    load, release = block_layout.load_parameters, block_layout.release_parameters
     names: dict[int, str] = {}
 
     def loading(module: Any, prefix: str, *args: Any, **kwargs: Any) -> int:
@@ -189,8 +189,8 @@ def test_only_one_block_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for _, a in tree_flatten(module.parameters()):
             assert not a.size or np.array(a).max() == 0, "a released parameter still has its values"
 
-    monkeypatch.setattr(blocks, "load_parameters", loading)
-    monkeypatch.setattr(blocks, "release_parameters", releasing)
+    monkeypatch.setattr(block_layout, "load_parameters", loading)
+    monkeypatch.setattr(block_layout, "release_parameters", releasing)
     path = save(tmp_path / "m", config_of("llama"))
     with open_checkpoint(path) as checkpoint, StreamedModel(ParameterMap(checkpoint)) as streamed:
         streamed.run(SEQUENCES)
