@@ -20,6 +20,7 @@ from mlxq.errors import GenerationError
 from mlxq.formats.geometry import BLOCK_FORMATS, affine_bytes
 from mlxq.ops.dispatch import Call, choose
 from mlxq.runtime import generate as _generate
+from mlxq.runtime.fused import install_fused
 from mlxq.runtime.layers import install_layers
 from mlxq.runtime.tokenizer import Messages, encode_prompt, load_tokenizer
 from mlxq.runtime.weights import default_compute_dtype, is_float32, load_parameters, matrix_size, release_cache
@@ -129,6 +130,7 @@ def load(
         tokenizer = load_tokenizer(checkpoint)
         module = parameter_map.model
         install_layers(module, parameter_map.tensors, compact=_should_be_compact(parameter_map))
+        install_fused(module)
         dtype = default_compute_dtype(parameter_map)
         nbytes = load_parameters(
             module,
