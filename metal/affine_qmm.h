@@ -3,24 +3,12 @@
 // Codes go from their load to the matrix unit in registers: a lane loads a run of codes, and the order of a sum's terms is
 // permuted so that the codes which a fragment needs from a lane are the ones it holds. Only x passes through threadgroup
 // memory, in the same order.
-// A lane holds elements (row, column) and (row, column + 1) of a fragment; the places are those that mlx's own kernels
-// rely on (mlx/backend/metal/kernels/steel/gemm/mma.h, BaseMMAFrag).
 #pragma once
 #include <metal_simdgroup_matrix>
 
 #include "affine.h"
 
 constant constexpr int QMM_SIMD_GROUPS = 4;
-
-/// Row of a fragment whose two elements this lane holds.
-MLXQ_FUNC int fragment_row(uint lane) {
-  return int(((lane >> 2) & 4) | ((lane >> 1) & 3));
-}
-
-/// Column of the first of them.
-MLXQ_FUNC int fragment_column(uint lane) {
-  return int(((lane >> 1) & 4) | ((lane & 1) << 1));
-}
 
 /// Accumulators of `rows` x `columns` fragments. With `chained` the sums of QMM_CHAIN terms are added to totals, which
 /// keeps the error of a long float32 sum near that of a short one; other results round away more than that error.

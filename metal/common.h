@@ -166,3 +166,14 @@ constexpr int next_power_of_two(int n) {
   }
   return p;
 }
+
+/// Row of an 8 x 8 fragment of which this lane holds two elements, side by side. The places are those that mlx's own
+/// kernels rely on (mlx/backend/metal/kernels/steel/gemm/mma.h, BaseMMAFrag).
+MLXQ_FUNC int fragment_row(uint lane) {
+  return int(((lane >> 2) & 4) | ((lane >> 1) & 3));
+}
+
+/// Column of the first of them.
+MLXQ_FUNC int fragment_column(uint lane) {
+  return int(((lane >> 1) & 4) | ((lane & 1) << 1));
+}

@@ -9,7 +9,8 @@
 // Fragments are float for all types of x: decoded weights have up to 23 significant bits, and rounding them to half
 // floats would cost as much as rounding the result.
 #pragma once
-#include "affine_qmm.h"
+#include <metal_simdgroup_matrix>
+
 #include "ggml_qmv.h"
 
 constant constexpr int GGML_QMM_SIMDGROUPS = 4;

@@ -46,7 +46,14 @@ def test_separate_loads_stay_separate() -> None:
 def test_one_byte_of_each_line() -> None:
     r = _report("y[i] = float(x[i * 32]);", mx.float32, 32 * _N)
     assert r.line_use("x") == pytest.approx(4 / 128)
-    assert r.buffers["x"].threadgroup_lines == _N
+    assert r.buffers["x"].threadgroup_lines == r.buffers["x"].simdgroup_lines == _N
+
+
+def test_lines_of_a_simdgroup_count_once_for_all_of_its_loads() -> None:
+    r = _report("y[i] = x[i % 16] + x[16 + i % 16];")
+    x = r.buffers["x"]
+    assert (x.threadgroup_lines, x.simdgroup_lines) == (r.threadgroups, _N // 32)
+    assert r.line_use("x") == 0.5
 
 
 def test_arithmetic_by_class() -> None:

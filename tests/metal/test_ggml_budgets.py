@@ -74,8 +74,8 @@ def test_each_pass_of_tiles_reads_each_byte_once_and_costs_no_more_than_affine_w
     assert report.arithmetic <= theirs.arithmetic
     assert w.unique_read == w.size
     assert w.load_bytes <= 1.05 * 2 * w.size  # 32 rows of x, and one
-    # A pass takes 256 weights of a row at a time: every line is read by the same threads, in one or two goes.
-    assert w.threadgroup_lines * 128 == 2 * w.size
+    # A pass takes 256 weights of a row at a time: every line is read by the same SIMD-group, in one or two goes.
+    assert w.threadgroup_lines * 128 == w.simdgroup_lines * 128 == 2 * w.size
 
 
 @pytest.mark.slow

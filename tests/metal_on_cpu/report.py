@@ -60,8 +60,8 @@ class Finding:
 class Buffer:
     """Traffic of one buffer, or of threadgroup memory. Loads and stores are of single lanes; sizes in bytes.
 
-    `unique_read` and `unique_written` count each byte once; `threadgroup_lines` counts the 128-byte lines that each
-    threadgroup loads from.
+    `unique_read` and `unique_written` count each byte once; `threadgroup_lines` and `simdgroup_lines` count the
+    128-byte lines that each threadgroup, or each SIMD-group, loads from in all of its loads.
     """
 
     size: int
@@ -72,6 +72,7 @@ class Buffer:
     unique_read: int
     unique_written: int
     threadgroup_lines: int
+    simdgroup_lines: int
 
 
 @dataclass

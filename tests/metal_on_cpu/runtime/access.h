@@ -180,8 +180,12 @@ static void count_access(Region& r, const Touch& t) {
     mark(r.written, t.offset, t.size);
   } else {
     mark(r.read, t.offset, t.size);
-    for (uint64_t k = t.offset >> 7; k <= (t.offset + t.size - 1) >> 7; k++)
-      if (r.line_threadgroup[k] != threadgroup_now) r.line_threadgroup[k] = threadgroup_now, r.threadgroup_lines++;
+    for (uint64_t k = t.offset >> 7; k <= (t.offset + t.size - 1) >> 7; k++) {
+      LoadedLine& line = r.lines[k];
+      if (line.threadgroup != threadgroup_now) line = {threadgroup_now, 0}, r.threadgroup_lines++;
+      uint32_t bit = 1u << current->simdgroup;
+      if (!(line.simdgroups & bit)) line.simdgroups |= bit, r.simdgroup_lines++;
+    }
   }
   if (joined) return;
   current->log.push_back({address, pc_offset(t.pc), t.place, (uint8_t)t.size, t.write, (uint8_t)t.region});

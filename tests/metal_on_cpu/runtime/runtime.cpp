@@ -117,7 +117,7 @@ static void map_buffers(int fd, const MslBuffer* buffers, std::vector<std::pair<
     if (config.check) {
       r.read.resize(r.size / 8 + 2);
       r.written.resize(r.size / 8 + 2);
-      r.line_threadgroup.resize(r.size / 128 + 2);
+      r.lines.resize(r.size / 128 + 2);
       if (out) r.shadow.resize(r.size / r.granule + 2);
     }
     regions.push_back(std::move(r));
@@ -203,9 +203,10 @@ static std::string report(bool aborted) {
   }
   for (size_t i = 0; config.check && i < regions.size(); i++) {
     const Region& r = regions[i];
-    out.row("region\t%d\t%d\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\n",
+    out.row("region\t%d\t%d\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\t%llu\n",
             (int)i == arena_region ? THREADGROUP_REGION : (int)i, r.kind, (ull)r.size, (ull)r.loads, (ull)r.load_bytes,
-            (ull)r.stores, (ull)r.store_bytes, (ull)ones(r.read), (ull)ones(r.written), (ull)r.threadgroup_lines);
+            (ull)r.stores, (ull)r.store_bytes, (ull)ones(r.read), (ull)ones(r.written), (ull)r.threadgroup_lines,
+            (ull)r.simdgroup_lines);
   }
   for (auto& k : sites) {
     const Site& s = k.second;

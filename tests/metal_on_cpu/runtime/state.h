@@ -96,15 +96,18 @@ enum EpochFlags { SET = 1, ATOMIC = 2, SEVERAL_THREADS = 4 };
 struct Shadow {
   Epoch write, reads[2];
 };
+struct LoadedLine {  // the last threadgroup that loaded from a 128-byte line, and which of its SIMD-groups did (a bit each)
+  uint32_t threadgroup, simdgroups;
+};
 struct Region {  // one buffer, or the threadgroup arena
   uint8_t* low;
   uint64_t size;
   int kind, itemsize;
   uint64_t granule;  // bytes of memory a shadow entry
   std::vector<Shadow> shadow;
-  std::vector<uint8_t> read, written;      // a bit a byte
-  std::vector<uint32_t> line_threadgroup;  // the last threadgroup that loaded from each 128-byte line
-  uint64_t loads = 0, stores = 0, load_bytes = 0, store_bytes = 0, threadgroup_lines = 0;
+  std::vector<uint8_t> read, written;  // a bit a byte
+  std::vector<LoadedLine> lines;
+  uint64_t loads = 0, stores = 0, load_bytes = 0, store_bytes = 0, threadgroup_lines = 0, simdgroup_lines = 0;
 };
 struct Site {  // one memory instruction
   uint64_t execs = 0, lanes = 0, bytes = 0, unique = 0, lines32 = 0, lines64 = 0, lines128 = 0;
