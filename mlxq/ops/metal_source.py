@@ -23,6 +23,7 @@ _ONCE = "#pragma once\n"
 
 #: Inputs below this many elements reach a kernel in the constant address space (mlx/fast: `metal_kernel`).
 MIN_DEVICE_ELEMENTS = 8
+_MAX_INT = (1 << 31) - 1
 
 
 def metal_directory() -> Path:
@@ -87,6 +88,24 @@ def kernel(
 @cache
 def _kernel(make: Any, name: str, inputs: tuple, outputs: tuple, source: str, headers: tuple) -> Any:
     return make(name=name, input_names=list(inputs), output_names=list(outputs), source=source, header=header(*headers))
+
+
+def check_sizes(op: str, rows_of_weights: int, **sizes: int) -> None:
+    """Refuse what a launch cannot count.
+
+    Args:
+        rows_of_weights: outputs of a product; a grid has up to 16 threads for each.
+        sizes: what else kernels and grids count by 31 bits.
+
+    Raises:
+        BackendError: too many of something.
+    """
+    for name, size, most in (
+        ("rows of weights", rows_of_weights, _MAX_INT // 16),
+        *((name, size, _MAX_INT) for name, size in sizes.items()),
+    ):
+        if size > most:
+            raise BackendError(f"{op}: the metal back end counts {name} to {most}, got {size}; split the array")
 
 
 def at_device(a: mx.array) -> mx.array:
