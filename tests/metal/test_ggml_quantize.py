@@ -10,10 +10,11 @@ from pretended_gpu import pretend_gpu
 from mlxq.errors import BackendError, FormatError
 from mlxq.formats import ggml
 from mlxq.formats.geometry import block_format
+from mlxq.ops import kernel_check
 from mlxq.ops.dispatch import METAL_ENCODERS
 from mlxq.ops.metal_block_quantize import quantize_lines, quantize_scales
 from mlxq.ops.threads import map_in_threads
-from mlxq.quantizers.ggml import metal_check, quantize
+from mlxq.quantizers.ggml import quantize
 
 K = 768
 BOTH = pytest.mark.parametrize("weighted", [False, True])
@@ -178,8 +179,8 @@ def test_bad_input_is_refused_before_a_launch(metal) -> None:
 def gpu(metal, monkeypatch):
     """A GPU that takes our kernels; none was checked on it yet, and they are before they are used."""
     pretend_gpu(monkeypatch, metal=True)
-    monkeypatch.setattr(metal_check, "_verdicts", {})
-    monkeypatch.setattr(metal_check, "launches_on_gpu", lambda: True)
+    monkeypatch.setattr(kernel_check, "_verdicts", {})
+    monkeypatch.setattr(kernel_check, "launches_on_gpu", lambda: True)
     return metal
 
 
@@ -189,7 +190,7 @@ def test_a_gpu_encodes_with_the_kernel_once_it_is_checked(gpu, recwarn, name, we
     w, importance = _weights(2), _importance(weighted)
     blocks = quantize(w, name, importance)
     assert np.array_equal(blocks, quantize(w, name, importance, backend="metal"))
-    assert metal_check._verdicts == {(name, weighted): True}
+    assert kernel_check._verdicts == {(name, weighted): True}
     assert not recwarn.list
     if not gpu.real:
         # The check, twice what was asked for; the others only with another importance.
@@ -221,10 +222,12 @@ def test_an_encoder_that_is_wrong_is_not_used(gpu, monkeypatch, name, wrong, wor
 
     monkeypatch.setattr(metal_block_quantize, function, other)
     w = _weights(2)
-    with pytest.warns(UserWarning, match=f"the Metal encoder of {name} is not used on .*, NumPy searches .*{words}"):
+    with pytest.warns(
+        UserWarning, match=f"kernel for encoding {name} is not used on .*, NumPy searches instead: .*{words}"
+    ):
         blocks = quantize(w, name)
     assert np.array_equal(blocks, quantize(w, name, backend="numpy"))
-    assert not metal_check._verdicts[name, False]
+    assert not kernel_check._verdicts[name, False]
 
 
 def test_types_without_an_encoder_go_elsewhere(metal, monkeypatch) -> None:
