@@ -147,7 +147,7 @@ def _read() -> dict[str, Any]:
     try:
         content = json.loads(path().read_text())
         _check(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, RecursionError) as error:
         warnings.warn(
