@@ -13,6 +13,14 @@ class PlanError(MlxqError):
     """A conversion was asked for that cannot be planned: illegal bits, group size, recipe or pattern."""
 
 
+class CalibrationError(MlxqError):
+    """Calibration text cannot be used: unreadable, not UTF-8, too short, or of a tokenizer that is not the model's."""
+
+
+class CalibrationError(MlxqError):
+    """A calibration cannot be run: its text is unfit, activations overflow, a budget cannot be met."""
+
+
 class FormatError(MlxqError):
     """An encoding was used outside its rules (bits, group size, shapes, dtypes of its parts), or a file breaks them."""
 

@@ -82,7 +82,7 @@ class BlockLayout:
     ) -> None:
         """Put the wrappers in: blocks, parts, and the cuts on the way to the blocks.
 
-        `around_block` makes what stands in the place of each block, by its index.
+        `around_block` makes what stands in the place of each block, by its index; then there are no cuts.
         """
         total = len(self.blocks)
 
@@ -101,6 +101,8 @@ class BlockLayout:
             lazy = make(part_owner[attribute], path)
             self._lazy.append(lazy)
             part_owner[attribute] = lazy
+        if around_block is not None:
+            return
         for (parent, _), (module, path) in zip(self.owners, self.owners[1:], strict=False):
             cut = Cut(module)
             self._cuts.append(cut)

@@ -11,23 +11,17 @@ A model without that structure is run whole, one sequence at a time, and its log
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.errors import OutputError
 from mlxq.runtime.block_layout import BlockCallback, BlockLayout, NotStreamable, TrunkDone
 from mlxq.runtime.layers import install_layers
+from mlxq.runtime.spool import spool
 from mlxq.runtime.weights import load_parameters, release_parameters
-
-#: Bytes of a temporary file that are written at a time.
-_PIECE = 1 << 22
 
 
 class StreamedModel:
@@ -131,7 +125,7 @@ class StreamedModel:
         for ids in sequences:
             logits = _float32(self._model(mx.array([list(ids)])))[0]
             if self._spool is None:
-                self._spool = _spool((n, logits.shape[-1]))
+                self._spool = spool((n, logits.shape[-1]), "the logits of the text")
             self._spool[start : start + len(ids)] = logits
             start += len(ids)
         release_parameters(self._model)
@@ -147,30 +141,6 @@ def _batch(sequences: Sequence[Sequence[int]]) -> tuple[mx.array, mx.array]:
         tokens[i, : len(ids)] = ids
         kept.append(np.arange(len(ids)) + i * length)
     return mx.array(tokens), mx.array(np.concatenate(kept))
-
-
-def _spool(shape: tuple[int, int]) -> np.ndarray:
-    """A float32 array in a temporary file whose bytes are all there: a mapped file with holes ends the process when
-    the disk is full.
-
-    Raises:
-        OutputError: the disk has not so much room.
-    """
-    nbytes = 4 * prod(shape)
-    try:
-        with tempfile.TemporaryFile() as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, nbytes)
-            else:
-                for start in range(0, nbytes, _PIECE):
-                    file.write(bytes(min(_PIECE, nbytes - start)))
-                file.flush()
-            return np.memmap(file, np.float32, "r+", shape=shape)
-    except OSError as e:
-        raise OutputError(
-            f"{tempfile.gettempdir()}: {nbytes / 1e6:,.0f} MB for the logits of the text cannot be had there:"
-            f" {e.strerror or e}; make room, or name another place in TMPDIR"
-        ) from e
 
 
 def _float32(logits: Any) -> np.ndarray:

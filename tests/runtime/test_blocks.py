@@ -18,7 +18,7 @@ from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import build_model
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import OutputError
-from mlxq.runtime import block_layout, blocks
+from mlxq.runtime import block_layout, spool
 from mlxq.runtime.block_layout import NotStreamable
 from mlxq.runtime.blocks import StreamedModel
 from mlxq.runtime.layers import install_layers
@@ -238,9 +238,9 @@ def test_logits_that_the_disk_has_no_room_for(monkeypatch: pytest.MonkeyPatch, a
         monkeypatch.delattr(os, "posix_fallocate", raising=False)
     elif not hasattr(os, "posix_fallocate"):
         pytest.skip("this system has no posix_fallocate")
-    spool = blocks._spool((3, 1 << 20))
-    spool[:] = 1.0
-    assert spool.sum(dtype=np.float64) == 3 << 20
+    waiting = spool.spool((3, 1 << 20), "the logits of the text")
+    waiting[:] = 1.0
+    assert waiting.sum(dtype=np.float64) == 3 << 20
 
     class Full:
         def __enter__(self) -> Full:
@@ -254,9 +254,9 @@ def test_logits_that_the_disk_has_no_room_for(monkeypatch: pytest.MonkeyPatch, a
     if allocates:
         monkeypatch.setattr(os, "posix_fallocate", full)
     else:
-        monkeypatch.setattr(blocks.tempfile, "TemporaryFile", Full)
+        monkeypatch.setattr(spool.tempfile, "TemporaryFile", Full)
     with pytest.raises(OutputError, match=r"4 MB for the logits .* No space left on device; make room"):
-        blocks._spool((1, 1 << 20))
+        spool.spool((1, 1 << 20), "the logits of the text")
 
 
 def test_shared_modules_are_run_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
