@@ -21,17 +21,18 @@ LAYERS = [
     "ops",
     "checkpoint",
     "architectures",
+    "runtime",
     "plan",
     "calibration",
     "quantizers",
     "writers",
-    "runtime",
     "evaluate",
     "conversion",
     "cli",
 ]
-#: `runtime` and `evaluate` stand beside the stages that make a result: they never see them.
-FORBIDDEN = {("runtime", s) for s in ("plan", "quantizers", "writers")} | {("evaluate", "quantizers")}
+#: `runtime` and `evaluate` stand beside the stages that make a result: they never see them, nor these `runtime`.
+#: Calibration runs the model.
+FORBIDDEN = {(s, "runtime") for s in ("plan", "quantizers", "writers")} | {("evaluate", "quantizers")}
 #: Stages that need NumPy alone when they are imported.
 LIGHT = ("formats", "checkpoint", "plan", "writers", "quantizers")
 HEAVY = {"mlx", "mlx_lm", "transformers", "huggingface_hub", "gguf", "rich", "tokenizers", "typer"}
