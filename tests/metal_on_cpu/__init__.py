@@ -10,6 +10,7 @@ memory; rejected is what Apple's compiler would not take, as far as the language
 and only a Mac shows what Apple's compiler accepts. It needs clang 19 and Linux: `unavailable()` says what is missing.
 """
 
+from metal_on_cpu.arrays import Sparse
 from metal_on_cpu.launch import metal_kernel, run_msl
 from metal_on_cpu.options import Options, options
 from metal_on_cpu.report import Finding, Report
@@ -22,6 +23,7 @@ __all__ = [
     "MslError",
     "Options",
     "Report",
+    "Sparse",
     "metal_kernel",
     "options",
     "run_msl",

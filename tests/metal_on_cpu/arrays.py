@@ -3,9 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
 
 import mlx.core as mx
 import numpy as np
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """An input of a kernel that is zero but for some pieces, and takes no more memory than they: for arrays too large.
+
+    Attributes:
+        shape, dtype: those of an mlx array.
+        pieces: index of a flat element -> the values from there on, of the same dtype.
+    """
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    pieces: dict[int, mx.array]
+
+    @property
+    def size(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def reshape(self, *shape: int) -> Sparse:
+        rest = -self.size // prod(shape) if -1 in shape else 0
+        return replace(self, shape=tuple(rest if n == -1 else n for n in shape))
+
+    def storage(self) -> tuple[np.ndarray, list[slice]]:
+        """A flat array, of which untouched pages are not there, and where in its bytes the pieces lie."""
+        values = {at: numpy_view(a).reshape(-1) for at, a in self.pieces.items()}
+        flat = np.zeros(self.size, next(iter(values.values())).dtype)
+        for at, a in values.items():
+            flat[at : at + a.size] = a
+        return flat, [slice(at * a.itemsize, (at + a.size) * a.itemsize) for at, a in values.items()]
 
 
 def numpy_view(x: mx.array) -> np.ndarray:
@@ -40,9 +76,12 @@ def about(x: mx.array, what: str, row_contiguous: bool) -> np.ndarray:
     return np.array(a.strides, np.int64) // a.itemsize
 
 
-def empty(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> np.ndarray:
+def empty(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None, sparse: bool = False) -> np.ndarray:
+    """An output before a run; a `sparse` one holds zeros, which take no memory."""
     one = numpy_view(mx.full((1,), 0 if init_value is None else init_value, dtype))
-    out = np.full(int(np.prod(shape)), one[0], one.dtype)
+    if sparse:
+        return np.zeros(prod(shape), one.dtype)
+    out = np.full(prod(shape), one[0], one.dtype)
     if init_value is None:
         out.view(np.uint8)[...] = 0xCD
     return out

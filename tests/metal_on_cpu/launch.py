@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from metal_on_cpu import source
-from metal_on_cpu.arrays import about, empty, mlx_array, storage
+from metal_on_cpu.arrays import Sparse, about, empty, mlx_array, storage
 from metal_on_cpu.compile import compile_kernel
 from metal_on_cpu.options import Options, current
 from metal_on_cpu.process import worker
@@ -78,7 +78,7 @@ class metal_kernel:
         """
         del stream
         o = replace(current(), **{**self.options, **options})
-        inputs = [x if isinstance(x, mx.array) else mx.array(x) for x in inputs]
+        inputs = [x if isinstance(x, mx.array | Sparse) else mx.array(x) for x in inputs]
         outputs = list(zip(output_shapes, output_dtypes, strict=True))
         try:
             made = self._compile(inputs, list(template or []), outputs, o, verbose)
@@ -108,7 +108,7 @@ class metal_kernel:
         self, made: _Compiled, inputs: list[mx.array], outputs: list[tuple], size: tuple, init_value, o: Options
     ) -> list[mx.array]:
         started = time.perf_counter()
-        buffers, arrays = self._buffers(made.buffers, inputs, outputs, init_value)
+        buffers, arrays = self._buffers(made.buffers, inputs, outputs, init_value, o.part)
         table = made.library.with_name("blocks.json")
         blocks = json.loads(table.read_text()) if o.mode == "count" else []
         initialized = init_value is not None
@@ -124,26 +124,39 @@ class metal_kernel:
         found = [f for f in self.report.findings if f.kind not in o.allow]
         if o.raises and found:
             raise MslError("\n".join(f"{self.kernel.name}: {f}" for f in found))
+        if o.part:
+            first, n = o.part
+            return [mlx_array(arrays[i][first : first + n], (n,), dtype) for i, (_, dtype) in enumerate(outputs)]
         return [mlx_array(arrays[i], shape, dtype) for i, (shape, dtype) in enumerate(outputs)]
 
     def _buffers(
-        self, params: list[source.Parameter], inputs: list[mx.array], outputs: list[tuple], init_value: float | None
+        self,
+        params: list[source.Parameter],
+        inputs: list[mx.array | Sparse],
+        outputs: list[tuple],
+        init_value: float | None,
+        part: tuple[int, int] | None,
     ) -> tuple[list[dict], dict[int, np.ndarray]]:
         """The kernel's buffers in order, and the outputs' arrays by their index."""
         named = dict(zip(self.kernel.input_names, inputs, strict=True))
         buffers, arrays = [], {}
         for p in params:
-            start = 0
+            start, parts = 0, {}
             base, _, suffix = p.name.rpartition("_")
-            if p.name in named:
+            if isinstance(named.get(p.name), Sparse):
+                array, pieces = named[p.name].storage()
+                parts = {"parts": pieces}
+            elif p.name in named:
                 array, start = storage(named[p.name], self.kernel.ensure_row_contiguous)
             elif base in named and suffix in ("shape", "strides", "ndim"):
                 array = about(named[base], suffix, self.kernel.ensure_row_contiguous)
             else:
                 i = self.kernel.output_names.index(p.name)
-                array = arrays[i] = empty(*outputs[i], init_value)
+                array = arrays[i] = empty(*outputs[i], init_value, part is not None)
+                if part:
+                    parts = {"parts": [slice(part[0] * array.itemsize, sum(part) * array.itemsize)]}
             kind = _OUTPUT if not p.const else _CONSTANT if p.space == "constant" else _INPUT
-            buffers.append({"array": array, "start": start, "kind": kind})
+            buffers.append({"array": array, "start": start, "kind": kind, **parts})
         return buffers, arrays
 
 

@@ -21,6 +21,9 @@ class Options:
         keep_going: after a read out of bounds the run goes on.
         threadgroup_limit: bytes.
         time_limit: seconds of processor time.
+        threadgroups: first and number of those that run, counted along x, then y and z; all where it is None. Mode
+            `fast`, order `forward`.
+        part: first and number of the elements of each output that are returned, flat; the others take no memory.
         raises: findings raise MslError; else they are in the report only.
         allow: kinds of findings that do not raise.
         dry: the text is compiled (mode `check`: without code) and linted, nothing runs, outputs are zeros.
@@ -41,6 +44,8 @@ class Options:
     keep_going: bool = False
     threadgroup_limit: int = 32768
     time_limit: float = 60.0
+    threadgroups: tuple[int, int] | None = None
+    part: tuple[int, int] | None = None
     raises: bool = True
     allow: tuple[str, ...] = ()
     dry: bool = False
@@ -65,6 +70,8 @@ class Options:
             "threadgroup_limit": self.threadgroup_limit,
             "initialized": initialized,
             "seed": self.seed,
+            "first_threadgroup": self.threadgroups[0] if self.threadgroups else 0,
+            "n_threadgroups": self.threadgroups[1] if self.threadgroups else 0,
         }
 
 

@@ -38,7 +38,8 @@ class Worker:
 
         Args:
             library: the kernel's shared library.
-            buffers: for each `array` (one-dimensional, contiguous), `kind` and `start`: see the runtime's `MslBuffer`.
+            buffers: for each `array` (one-dimensional, contiguous), `kind` and `start`: see the runtime's `MslBuffer`;
+                and `parts`, slices of its bytes that go there and back, where the others stay zeros.
             config: fields of the runtime's `MslConfig`.
             blocks: how many blocks count instructions.
             time_limit: seconds of processor time.
@@ -61,7 +62,9 @@ class Worker:
     def _run(self, fd, memory, library, buffers, spans, end, config, blocks, time_limit) -> str:
         for b, start in zip(buffers, spans, strict=True):
             nbytes = b["array"].nbytes
-            _copy(memory, start, b["array"])
+            data = b["array"].view(np.uint8)
+            for part in b.get("parts", [slice(0, nbytes)]):
+                _copy(memory, start + part.start, data[part])
             tail = -nbytes % _PAGE if nbytes else _PAGE
             memory[start + nbytes : start + nbytes + tail] = bytes([_FILL]) * tail
         request = {
@@ -78,7 +81,8 @@ class Worker:
         for b, start in zip(buffers, spans, strict=True):
             if b["kind"] == 1:
                 out = np.frombuffer(memory, np.uint8, b["array"].nbytes, start)
-                b["array"].view(np.uint8)[...] = out
+                for part in b.get("parts", [slice(None)]):
+                    b["array"].view(np.uint8)[part] = out[part]
                 del out
         return memory[end : end + length].decode(errors="replace")
 
@@ -127,9 +131,8 @@ class Worker:
         return f"status {status}"
 
 
-def _copy(memory: mmap.mmap, start: int, array: np.ndarray) -> None:
-    """Writes an array's bytes; zeros, which the file has already, take no memory."""
-    data = array.reshape(-1).view(np.uint8)
+def _copy(memory: mmap.mmap, start: int, data: np.ndarray) -> None:
+    """Writes bytes; zeros, which the file has already, take no memory."""
     for at in range(0, data.size, _CHUNK):
         chunk = data[at : at + _CHUNK]
         if chunk.any():

@@ -33,7 +33,7 @@ class Config(ctypes.Structure):
             for name in ("nbuffers", "check", "order", "flush_denormals", "keep_going", "threadgroup_limit")
         ),
         *((name, ctypes.c_uint32) for name in ("initialized", "time_limit_ms")),
-        ("seed", ctypes.c_uint64),
+        *((name, ctypes.c_uint64) for name in ("seed", "first_threadgroup", "n_threadgroups")),
     )
 
 

@@ -122,7 +122,12 @@ static void run_grid() {
   uint32_t count[3];
   for (int k = 0; k < 3; k++) count[k] = (uint32_t)(((uint64_t)grid[k] + tg[k] - 1) / tg[k]);
   threadgroups_total = (uint64_t)count[0] * count[1] * count[2];
-  for (; threadgroups_done < threadgroups_total; threadgroups_done++) {
+  uint64_t end = threadgroups_total;
+  if (config.n_threadgroups) {
+    end = std::min(end, config.first_threadgroup + config.n_threadgroups);
+    threadgroups_done = config.first_threadgroup;
+  }
+  for (; threadgroups_done < end; threadgroups_done++) {
     uint64_t t = config.order == REVERSE ? threadgroups_total - 1 - threadgroups_done : threadgroups_done;
     uint32_t p[3] = {(uint32_t)(t % count[0]), (uint32_t)(t / count[0] % count[1]),
                      (uint32_t)(t / ((uint64_t)count[0] * count[1]))};

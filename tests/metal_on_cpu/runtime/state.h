@@ -24,7 +24,7 @@ struct MslBuffer {
 struct MslConfig {
   uint32_t grid[3], threadgroup[3], nbuffers, check, order, flush_denormals, keep_going, threadgroup_limit, initialized,
       time_limit_ms;
-  uint64_t seed;
+  uint64_t seed, first_threadgroup, n_threadgroups;  // which run; 0: all
 };
 struct U3 {
   uint32_t x, y, z;
