@@ -125,8 +125,8 @@ class metal_kernel:
         if o.raises and found:
             raise MslError("\n".join(f"{self.kernel.name}: {f}" for f in found))
         if o.part:
-            first, n = o.part
-            return [mlx_array(arrays[i][first : first + n], (n,), dtype) for i, (_, dtype) in enumerate(outputs)]
+            parts = [arrays[i][o.part[0] : sum(o.part)] for i in range(len(outputs))]
+            return [mlx_array(a, a.shape, dtype) for a, (_, dtype) in zip(parts, outputs, strict=True)]
         return [mlx_array(arrays[i], shape, dtype) for i, (shape, dtype) in enumerate(outputs)]
 
     def _buffers(
