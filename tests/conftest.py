@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,14 @@ def reference_checkpoint(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFa
     if done.returncode:
         pytest.fail(f"make_reference.py failed: {done.stderr[-2000:]}")
     return out
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What this machine's owner measured (`mlxq bench --kernels`) decides nothing in tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLXQ_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,6 +35,15 @@ def model(tmp_path_factory):
     return out
 
 
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    """As off a Mac, on a Mac too."""
+    device = mx.default_device()
+    mx.set_default_device(mx.cpu)
+    yield
+    mx.set_default_device(device)
+
+
 @pytest.fixture
 def brief(monkeypatch):
     """Little memory and little time."""
