@@ -14,10 +14,6 @@ class PlanError(MlxqError):
 
 
 class CalibrationError(MlxqError):
-    """Calibration text cannot be used: unreadable, not UTF-8, too short, or of a tokenizer that is not the model's."""
-
-
-class CalibrationError(MlxqError):
     """A calibration cannot be run: its text is unfit, activations overflow, a budget cannot be met."""
 
 
@@ -35,6 +31,10 @@ class OutputError(MlxqError):
 
 class VerificationError(MlxqError):
     """The converted model is not finite or is further from its source than its bits per weight allow."""
+
+
+class EvaluationError(MlxqError):
+    """Models cannot be measured: a text that is unfit, tokenizers that differ, logits that are not finite."""
 
 
 class GenerationError(MlxqError):
