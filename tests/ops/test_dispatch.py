@@ -39,6 +39,10 @@ from mlxq.ops.dispatch import Call, choose
         (Call("quantize", "gpu", metal=True), "mlx"),
         (Call("dequantize", "gpu", metal=True), "mlx"),
         (Call("matmul", "gpu", 1, metal=True), "mlx"),
+        (Call("encode", "host", format="Q6_K"), "numpy"),
+        (Call("encode", "gpu", format="Q6_K"), "mlx"),
+        (Call("encode", "gpu", format="Q6_K", metal=True), "metal"),
+        (Call("encode", "gpu", format="Q4_0", metal=True), "mlx"),
     ],
 )
 def test_table(monkeypatch, call, backend):
@@ -50,11 +54,12 @@ def test_table(monkeypatch, call, backend):
 def test_every_row_of_the_table_is_reached_by_some_call():
     calls = [
         Call(op, device, rows, format, metal)
-        for op in ("quantize", "dequantize", "matmul", "quantized_matmul", "block_matmul", "encode")
+        for op in ("quantize", "dequantize", "matmul", "quantized_matmul", "block_matmul")
         for device in ("host", "host, mlx loaded", "cpu", "gpu")
         for rows in (1, 512)
         for format, metal in (("affine", False), ("Q4_K", True))
     ]
+    calls.append(Call("encode", "gpu", format="Q6_K", metal=True))
     assert {dispatch.reason(call) for call in calls} == {row.reason for row in dispatch._TABLE}
 
 
