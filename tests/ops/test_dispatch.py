@@ -43,6 +43,13 @@ from mlxq.ops.dispatch import Call, choose
         (Call("encode", "gpu", format="Q6_K"), "mlx"),
         (Call("encode", "gpu", format="Q6_K", metal=True), "metal"),
         (Call("encode", "gpu", format="Q4_0", metal=True), "mlx"),
+        (Call("quantized_matmul", "gpu", 1, metal=True, group_size=64, faster=True), "metal"),
+        (Call("gather_quantized_matmul", "gpu", 64, metal=True, group_size=32, faster=True), "metal"),
+        (Call("quantized_matmul", "gpu", 1, metal=True, group_size=16), "metal"),
+        (Call("quantized_matmul", "gpu", 1, group_size=16), "numpy"),
+        (Call("quantized_matmul", "cpu", 1, group_size=16), "numpy"),
+        (Call("quantize", "cpu", group_size=16), "numpy"),
+        (Call("quantize", "host, mlx loaded", group_size=16), "numpy"),
     ],
 )
 def test_table(monkeypatch, call, backend):
@@ -53,11 +60,12 @@ def test_table(monkeypatch, call, backend):
 
 def test_every_row_of_the_table_is_reached_by_some_call():
     calls = [
-        Call(op, device, rows, format, metal)
+        Call(op, device, rows, format, metal, group_size, faster=metal)
         for op in ("quantize", "dequantize", "matmul", "quantized_matmul", "block_matmul")
         for device in ("host", "host, mlx loaded", "cpu", "gpu")
         for rows in (1, 512)
-        for format, metal in (("affine", False), ("Q4_K", True))
+        for format, group_size in (("affine", 64), ("affine", 16), ("Q4_K", 0))
+        for metal in (False, True)
     ]
     calls.append(Call("encode", "gpu", format="Q6_K", metal=True))
     assert {dispatch.reason(call) for call in calls} == {row.reason for row in dispatch._TABLE}
@@ -88,6 +96,9 @@ def test_environment_and_argument_override_the_table(monkeypatch):
 
 def test_a_wrong_kernel_leaves_the_call_to_the_next_row():
     assert choose(Call("block_matmul", "gpu", 1, "Q4_K", metal=True), without_metal=True) == "numpy"
+    affine = Call("quantized_matmul", "gpu", 1, metal=True, group_size=64, faster=True)
+    assert choose(affine, without_metal=True) == "mlx"
+    assert choose(affine._replace(group_size=16), without_metal=True) == "numpy"
 
 
 def test_types_with_kernels_are_said_once():
