@@ -3,14 +3,17 @@
 // The headers are plain Metal. mlxq/ops/metal_source.py joins the ones a kernel needs, in the order of their
 // includes, and mlx compiles the text at run time behind its own prelude (which defines bfloat16_t, float16_t).
 // Rules of these files: an address space on every pointer, float accumulators, 64-bit offsets for whole matrices,
-// shapes and widths as template constants so that loops unroll.
+// shapes and widths as template constants so that loops unroll. Elsewhere than in Metal, cuda_prelude.h comes first.
 #pragma once
+#ifdef __METAL_VERSION__
 #include <metal_stdlib>
 
 using namespace metal;
 
 #define MLXQ_FUNC inline __attribute__((always_inline))
 #define MLXQ_UNROLL _Pragma("clang loop unroll(full)")
+#define MLXQ_TABLE constant
+#endif
 
 constant constexpr int SIMD_LANES = 32;
 
