@@ -188,7 +188,8 @@ def test_a_real_file_says_the_same_on_every_back_end(metal, smollm2_gguf, monkey
     assert len(said["metal"]) == 4
     if not metal.real:
         used = {name.split("_float32")[0] for name, _ in metal.launches}
-        assert used == {"ggml_dequantize_q8_0", "ggml_qmm_q4_1", "ggml_qmv_q4_1", "ggml_qmv_q8_0"}
+        tiles, rows = {"ggml_dequantize_q8_0", "ggml_qmm_q4_1"}, {"ggml_qmv_q4_1", "ggml_qmv_q8_0"}
+        assert used == tiles | rows | {"ggml_qmv_each_3_q4_1_w_8", "ggml_qmv_gated_silu_q4_1_w_8"}
 
 
 def test_a_chip_whose_kernel_is_wrong_gets_decoded_weights(gpu, tmp_path, monkeypatch):
