@@ -14,7 +14,7 @@ from mlxq.ops import kernel_check
 from mlxq.ops.dispatch import METAL_ENCODERS
 from mlxq.ops.metal_block_quantize import quantize_lines, quantize_scales
 from mlxq.ops.threads import map_in_threads
-from mlxq.quantizers.ggml import quantize
+from mlxq.quantizers.ggml import asymmetric, metal_check, quantize, symmetric
 
 K = 768
 BOTH = pytest.mark.parametrize("weighted", [False, True])
@@ -39,6 +39,10 @@ def _errors(w: np.ndarray, blocks: np.ndarray, name: str, importance: np.ndarray
 def _same_blocks(a: np.ndarray, b: np.ndarray, name: str) -> float:
     assert a.shape == b.shape
     return float((a == b).reshape(-1, block_format(name).type_size).all(axis=1).mean())
+
+
+def _encoder(name: str):
+    return symmetric.quantize if name in ("Q3_K", "Q6_K") else asymmetric.quantize
 
 
 @BOTH
@@ -115,6 +119,15 @@ def test_lane_orders(metal, name, weighted, order) -> None:
     forward = quantize(w, name, importance, backend="metal")
     with metal.options(order=order):
         assert np.array_equal(quantize(w, name, importance, backend="metal"), forward)
+
+
+@pytest.mark.parametrize("options", [{"contract": "fast"}, {"simd_order": 1}, {"flush_denormals": True}], ids=str)
+@BOTH
+@TYPES
+def test_the_check_passes_whatever_the_compiler_does(metal, name, weighted, options) -> None:
+    with metal.options(mode="fast", **options):
+        compared = metal_check.compared(_encoder(name), metal_check.Encoder(name, weighted))
+        assert [c.complaint for c in compared] == [""]
 
 
 @TYPES
@@ -242,8 +255,6 @@ def test_types_without_an_encoder_go_elsewhere(metal, monkeypatch) -> None:
 
 
 def test_steps_of_few_bits_have_no_kernel(metal) -> None:
-    from mlxq.quantizers.ggml import asymmetric
-
     with pytest.raises(BackendError, match="steps have 11 bits, not 5; use numpy or mlx"):
         asymmetric.quantize(_weights(1), "Q4_K", backend="metal", step_bits=5)
     assert not metal.launches

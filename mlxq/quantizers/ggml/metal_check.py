@@ -28,7 +28,7 @@ _ERROR = 1.02
 Encode = Callable[[np.ndarray, str, np.ndarray | None, str], np.ndarray]
 
 
-class _Encoder(NamedTuple):
+class Encoder(NamedTuple):
     """What shares a verdict: with importance it is another kernel."""
 
     name: str
@@ -52,10 +52,11 @@ def passes(name: str, weighted: bool, encode: Encode) -> bool:
         weighted: with importance.
         encode: `quantize` of the type's encoder.
     """
-    return kernel_check.agrees(_Encoder(name, weighted), partial(_compared, encode), "NumPy searches")
+    return kernel_check.agrees(Encoder(name, weighted), partial(compared, encode), "NumPy searches")
 
 
-def _compared(encode: Encode, encoder: _Encoder) -> Iterator[_Comparison]:
+def compared(encode: Encode, encoder: Encoder) -> Iterator[_Comparison]:
+    """Run the encoder on a few rows with both back ends."""
     w, importance = _weights(), None
     if encoder.weighted:
         importance = np.random.default_rng(1).lognormal(0, 0.5, w.shape[1])
