@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator
 
 import metal_on_cpu
@@ -50,10 +51,15 @@ def checker() -> None:
 def metal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Metal]:
     """`mx.fast.metal_kernel` works: off a Mac it is the checker's, and its findings fail the test.
 
+    On a Mac a kernel that fails its first check (`ops.kernel_check`) fails the test.
+
     Off a Mac the checker's runs each kernel as its call is made: such a call cannot be inside `mx.compile`.
     """
     if mx.metal.is_available():
-        yield Metal(real=True)
+        with warnings.catch_warnings():
+            # Not used where it is wrong: a test whose kernel was left to NumPy or mlx would test those.
+            warnings.filterwarnings("error", "the Metal kernel for .* is not used")
+            yield Metal(real=True)
         return
     request.getfixturevalue("checker")
     runs = Metal(real=False)

@@ -50,12 +50,23 @@ def test_finding_raises_with_its_line(metal) -> None:
     metal.errors.clear()
 
 
+def run_with_the_fixture(tmp_path: Path, text: str) -> str:
+    """What pytest says of a file of tests, one of which fails."""
+    here = Path(__file__).parent
+    (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(text)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(here.parent)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 1
+    return done.stdout
+
+
 def test_finding_that_the_code_under_test_swallowed_fails_the_test(tmp_path: Path, metal) -> None:
     if metal.real:
         pytest.skip("the real Metal checks nothing")
-    here = Path(__file__).parent
-    (tmp_path / "conftest.py").write_text((here / "conftest.py").read_text())
-    (tmp_path / "test_swallows.py").write_text(
+    said = run_with_the_fixture(
+        tmp_path,
         "import mlx.core as mx\n"
         "def test_swallows(metal):\n"
         "    kernel = mx.fast.metal_kernel(name='k', input_names=['x'], output_names=['y'], source='y[0] = x[9];')\n"
@@ -63,10 +74,25 @@ def test_finding_that_the_code_under_test_swallowed_fails_the_test(tmp_path: Pat
         "    try:\n"
         "        kernel(inputs=[mx.ones(8)], grid=(1, 1, 1), threadgroup=(1, 1, 1), **shape)\n"
         "    except Exception:\n"
-        "        pass\n"
+        "        pass\n",
     )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(here.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "the checker found: k: read out of bounds at k.source:1" in done.stdout
+    assert "the checker found: k: read out of bounds at k.source:1" in said
+
+
+def test_a_wrong_kernel_on_a_mac_fails_the_test_unless_it_is_expected(tmp_path: Path) -> None:
+    said = run_with_the_fixture(
+        tmp_path,
+        "import warnings\n"
+        "import mlx.core as mx, pytest\n"
+        "mx.metal.is_available = lambda: True\n"
+        "def use():\n"
+        "    warnings.warn('the Metal kernel for k is not used on this GPU')\n"
+        "def test_wrong(metal):\n"
+        "    use()\n"
+        "def test_expected(metal):\n"
+        "    assert metal.real\n"
+        "    with pytest.warns(UserWarning, match='is not used'):\n"
+        "        use()\n",
+    )
+    assert "FAILED test_it.py::test_wrong - UserWarning: the Metal kernel for k" in said
+    assert "1 failed, 1 passed" in said
