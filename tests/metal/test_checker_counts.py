@@ -12,8 +12,8 @@ _I = "uint i = thread_position_in_grid.x; uint lane = thread_index_in_simdgroup;
 _N = 256
 
 
-def _report(source: str, dtype: mx.Dtype = mx.float32, size: int = 8 * _N) -> Report:
-    kernel = metal_kernel("counted", ["x"], ["y"], _I + source + "\n", mode="count")
+def _report(source: str, dtype: mx.Dtype = mx.float32, size: int = 8 * _N, header: str = "") -> Report:
+    kernel = metal_kernel("counted", ["x"], ["y"], _I + source + "\n", header, mode="count")
     kernel(
         inputs=[mx.ones(size).astype(dtype)],
         grid=(_N, 1, 1),
@@ -54,6 +54,13 @@ def test_lines_of_a_simdgroup_count_once_for_all_of_its_loads() -> None:
     x = r.buffers["x"]
     assert (x.threadgroup_lines, x.simdgroup_lines) == (r.threadgroups, _N // 32)
     assert r.line_use("x") == 0.5
+
+
+def test_loads_from_a_table_of_the_program_are_counted() -> None:
+    table = "constant float table[4] = {1.0f, 2.0f, 4.0f, 7.0f};\n"
+    r = _report("y[i] = table[uint(x[i]) & 3u];", header=table)
+    assert (r.instructions["lookup"], r.loads) == (_N, 2 * _N)
+    assert _report("y[i] = x[i];").instructions["lookup"] == 0
 
 
 def test_arithmetic_by_class() -> None:

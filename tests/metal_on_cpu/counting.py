@@ -5,8 +5,9 @@ compare two kernels for one job, and forecast no time.
 Classes: `int` and `float` arithmetic (comparisons and selects among them; a product that only a sum uses counts
 as fused with it), `convert` (between integers and floats, and between float types), `math` (functions like exp),
 `resize` (integers to other widths), `address` (computed with a variable index), `branch`, `simd` (SIMD-group and matrix
-functions: one each, whatever they do here) and `barrier`. A vector operation counts once a component.
-Loads and stores are not here: the runtime counts them by buffer.
+functions: one each, whatever they do here), `barrier` and `lookup` (loads from tables of the program, in the constant
+address space). A vector operation counts once a component. Other loads and stores are not here: the runtime counts them
+by buffer.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections import Counter
 
 from metal_on_cpu.widths import Place, Places
 
-CLASSES = ("int", "float", "convert", "math", "resize", "address", "branch", "simd", "barrier")
+CLASSES = ("int", "float", "convert", "math", "resize", "address", "branch", "simd", "barrier", "lookup")
 
 _CLASS_OF = {
     **dict.fromkeys(("add", "sub", "mul", "shl", "lshr", "ashr", "and", "or", "xor", "icmp", "select"), "int"),
@@ -40,6 +41,8 @@ _VECTOR = re.compile(r"<(\d+) x ")
 #: Either half of 64 bits: how two components of a kernel's attribute arrive, and a register of a GPU.
 _HALF_OF_64 = re.compile(r"i64 %\S+, (?:4294967295|32)(?:,|$)")
 _VALUE = re.compile(r"%[\w.]+")
+_POINTER = re.compile(r"ptr ([%@][\w.$]+)")
+_OF_TABLE = re.compile(r"ptr @")
 #: The shim's functions of a SIMD-group, kept out of line in this mode: their insides are not the kernel's.
 _SIMD_FUNCTION = re.compile(r"^_ZN5metal\d+(?:(?:simd|quad)_|simdgroup_multiply)|^_Z\d+__metal_simd_")
 _SANITIZED = re.compile(r"^  (?:tail )?call void @__tsan_(unaligned_)?(read|write)(\d+)\((ptr .*)\)(.*)$")
@@ -94,7 +97,7 @@ class _Accesses:
 
 
 def _instrument_function(body: list[str], blocks: list[dict[str, int]]) -> list[str]:
-    fused = _fused_products(body)
+    fused, lookups = _fused_products(body), _lookups(body)
     out: list[str] = []
     counts: Counter[str] | None = None
     for line in body:
@@ -107,11 +110,25 @@ def _instrument_function(body: list[str], blocks: list[dict[str, int]]) -> list[
                 counts = Counter()
                 blocks.append(counts)
                 out.append(f"  call void @__msl_block(i32 {len(blocks) - 1})")
-            kind, n = _classify(m.group(2), m.group(3))
+            kind, n = ("lookup", 1) if m.group(1) in lookups else _classify(m.group(2), m.group(3))
             if kind and m.group(1) not in fused:
                 counts[kind] += n
         out.append(line)
     return out
+
+
+def _lookups(body: list[str]) -> set[str]:
+    """Loads from the program's own tables: the sanitizer passes over what never changes."""
+    tables, found = set(), set()
+    for line in body:
+        m = _INSTRUCTION.match(line)
+        if m and m.group(2) == "getelementptr" and _OF_TABLE.search(m.group(3)):
+            tables.add(m.group(1))
+        elif m and m.group(2) == "load":
+            pointer = _POINTER.search(m.group(3))
+            if pointer and (pointer.group(1) in tables or pointer.group(1).startswith("@")):
+                found.add(m.group(1))
+    return found
 
 
 def _fused_products(body: list[str]) -> set[str]:

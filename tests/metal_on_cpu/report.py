@@ -135,8 +135,8 @@ class Report:
 
     @property
     def loads(self) -> int:
-        """Executed loads of all lanes, from buffers and threadgroup memory."""
-        return sum(b.loads for b in self.buffers.values())
+        """Executed loads of all lanes, from buffers, threadgroup memory and (in mode `count`) the program's tables."""
+        return sum(b.loads for b in self.buffers.values()) + self.instructions.get("lookup", 0)
 
     def line_use(self, buffer: str) -> float:
         """Share of the 128-byte lines that SIMD-groups touch by one load of a buffer which that load uses."""
