@@ -81,7 +81,9 @@ class Differentiable:
 
         @product.vjp
         def gradient(primals: list, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-            return _by_mlx(lambda x, w: x @ w.T, primals, cotangent)
+            # What is not asked for is never computed: most often the gradient of the weights.
+            of_w = _by_mlx(lambda x, w: x @ w.T, primals, cotangent)[1]
+            return self._compute("matmul", (cotangent, w.T)).astype(x.dtype), of_w
 
         return product(x, w)
 

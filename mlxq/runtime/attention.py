@@ -7,7 +7,8 @@ memory is bounded by one block of scores whatever the prompt's length. Measured 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -41,18 +42,78 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: flo
 
     Returns:
         `[B, n_heads, L, Dv]` in the dtype of `queries`.
+        Differentiable with respect to queries, keys and values, unless the mask is an array.
     """
-    q, k, v = (_float32(a) for a in (queries, keys, values))
-    B, n_heads, L, D = q.shape
-    n_kv_heads, T = k.shape[1:3]
-    groups = n_heads // n_kv_heads
-    q = q.reshape(B, n_kv_heads, groups, L, D) if q.flags.c_contiguous else _split_heads(q, n_kv_heads)
-    bias = None if mask is None or isinstance(mask, str) else _additive(mask, (B, n_kv_heads, groups, L, T))
+    if not isinstance(mask, mx.array):
+        return _differentiable(scale, mask)(queries, keys, values)
+    return _forward(queries, keys, values, scale, mask)
+
+
+@cache
+def _differentiable(scale: float, mask: str | None) -> Callable[..., mx.array]:
+    @mx.custom_function
+    def function(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        return _forward(queries, keys, values, scale, mask)
+
+    @function.vjp
+    def gradient(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        return _backward(*primals, cotangent, scale, mask)
+
+    return function
+
+
+def _forward(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
+    v = _float32(values)
+    B, n_heads, L = queries.shape[:3]
+    n_kv_heads = keys.shape[1]
     # Laid out by position, so that the caller's transpose and reshape to [B, L, n_heads * Dv] copy nothing.
-    out = np.empty((B, L, n_kv_heads, groups, v.shape[-1]), np.float32)
-    rows = max(1, min(_BLOCK_ROWS, _SCORES_BYTES // (4 * groups * T)))
-    for start in range(0, L, rows):
-        stop = min(start + rows, L)
+    out = np.empty((B, L, n_kv_heads, n_heads // n_kv_heads, v.shape[-1]), np.float32)
+    for (b, h, rows), scores in _scores(queries, keys, scale, mask):
+        seen = scores.shape[-1]
+        total = _exponentials(scores)
+        block = (scores.reshape(-1, seen) @ v[b, h, :seen]).reshape(*scores.shape[:-1], -1)
+        block /= total
+        out[b, rows, h] = block.transpose(1, 0, 2)
+    result = mx.array(out.reshape(B, L, n_heads, -1)).transpose(0, 2, 1, 3)
+    return result.astype(queries.dtype)
+
+
+def _backward(
+    queries: mx.array, keys: mx.array, values: mx.array, cotangent: mx.array, scale: float, mask: str | None
+) -> tuple[mx.array, ...]:
+    """Gradients of `_forward`; the scores are computed again."""
+    k, v = _float32(keys), _float32(values)
+    n_kv_heads = k.shape[1]
+    q, dy = (_grouped(a, n_kv_heads) for a in (queries, cotangent))
+    dq, dk, dv = np.empty(q.shape, np.float32), np.zeros_like(k), np.zeros_like(v)
+    for (b, h, rows), p in _scores(queries, keys, scale, mask):
+        groups, n, seen = p.shape
+        p /= _exponentials(p)
+        p = p.reshape(-1, seen)
+        d = dy[b, h, :, rows].reshape(groups * n, -1)
+        dv[b, h, :seen] += p.T @ d
+        dp = d @ v[b, h, :seen].T
+        dp -= np.einsum("ij,ij->i", dp, p)[:, None]
+        dp *= p
+        dp *= np.float32(scale)
+        dq[b, h, :, rows] = (dp @ k[b, h, :seen]).reshape(groups, n, -1)
+        dk[b, h, :seen] += dp.T @ q[b, h, :, rows].reshape(groups * n, -1)
+    arrays = zip((dq, dk, dv), (queries, keys, values), strict=True)
+    return tuple(mx.array(d).reshape(a.shape).astype(a.dtype) for d, a in arrays)
+
+
+def _scores(
+    queries: mx.array, keys: mx.array, scale: float, mask: Mask
+) -> Iterator[tuple[tuple[int, int, slice], np.ndarray]]:
+    """`scale * q @ k.T + mask` `[groups, rows, seen keys]` for each sequence, key head and block of query rows."""
+    k = _float32(keys)
+    B, n_kv_heads, T = k.shape[:3]
+    q = _grouped(queries, n_kv_heads)
+    groups, L, D = q.shape[2:]
+    bias = None if mask is None or isinstance(mask, str) else _additive(mask, (B, n_kv_heads, groups, L, T))
+    size = max(1, min(_BLOCK_ROWS, _SCORES_BYTES // (4 * groups * T)))
+    for start in range(0, L, size):
+        stop = min(start + size, L)
         seen = T - L + stop if isinstance(mask, str) else T
         for b in range(B):
             for h in range(n_kv_heads):
@@ -62,20 +123,23 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: flo
                     scores[..., T - L + start :] += _triangle(stop - start)
                 elif bias is not None:
                     scores += bias[b, h, :, start:stop]
-                block = _softmax_matmul(scores, v[b, h, :seen])
-                out[b, start:stop, h] = block.transpose(1, 0, 2)
-    result = mx.array(out.reshape(B, L, n_heads, -1)).transpose(0, 2, 1, 3)
-    return result.astype(queries.dtype)
+                yield (b, h, slice(start, stop)), scores
 
 
-def _softmax_matmul(scores: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """`softmax(scores) @ v` for scores `[groups, rows, T]`, which are overwritten."""
+def _exponentials(scores: np.ndarray) -> np.ndarray:
+    """Make exponentials of scores `[groups, rows, T]`, each row's largest being 1; their sums `[groups, rows, 1]`."""
     scores -= scores.max(axis=-1, keepdims=True)
     np.exp(scores, out=scores)
-    total = scores.sum(axis=-1, keepdims=True)
-    out = (scores.reshape(-1, scores.shape[-1]) @ v).reshape(*scores.shape[:-1], -1)
-    out /= total
-    return out
+    return scores.sum(axis=-1, keepdims=True)
+
+
+def _grouped(a: mx.array, n_kv_heads: int) -> np.ndarray:
+    """`[B, n_heads, L, D]` as float32 `[B, n_kv_heads, n_heads // n_kv_heads, L, D]`."""
+    x = _float32(a)
+    B, n_heads, L, D = x.shape
+    if x.flags.c_contiguous:
+        return x.reshape(B, n_kv_heads, n_heads // n_kv_heads, L, D)
+    return _split_heads(x, n_kv_heads)
 
 
 def _float32(a: mx.array) -> np.ndarray:
@@ -107,17 +171,31 @@ def _triangle(n: int) -> np.ndarray:
     return np.triu(np.full((n, n), np.finfo(np.float32).min, np.float32), 1)
 
 
+@mx.custom_function
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """`silu(gate) * x`, elementwise, float32 on the CPU."""
     g = np.asarray(gate)
-    y = np.negative(g)
-    # Beyond exp(88) the denominator is infinite and the result 0, which is its limit.
-    with np.errstate(over="ignore"):
-        np.exp(y, out=y)
-    y += 1
+    y = _one_and_exponential(g)
     np.divide(g, y, out=y)
     y *= np.asarray(x)
     return mx.array(y)
+
+
+@swiglu.vjp
+def _swiglu_gradient(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
+    g, x, d = (np.asarray(a) for a in (*primals, cotangent))
+    sigmoid = 1 / _one_and_exponential(g)
+    silu = g * sigmoid
+    return mx.array(d * x * (sigmoid + silu * (1 - sigmoid))), mx.array(d * silu)
+
+
+def _one_and_exponential(g: np.ndarray) -> np.ndarray:
+    """`1 + exp(-g)`; beyond exp(88) infinite, which makes a quotient 0, its limit."""
+    y = np.negative(g)
+    with np.errstate(over="ignore"):
+        np.exp(y, out=y)
+    y += 1
+    return y
 
 
 def _override_attention(original: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -116,3 +116,23 @@ def test_swiglu(shape):
 def test_swiglu_of_extreme_gates():
     gate = mx.array([-1e30, -200.0, 0.0, 200.0], mx.float32)
     assert attention.swiglu(gate, mx.ones(4)).tolist() == [0.0, 0.0, 0.0, 200.0]
+
+
+@pytest.mark.parametrize("mask", [None, "causal"])
+def test_gradients_of_attention_are_mlx_s(mask):
+    """Sums of some dozen products of numbers near 1, in float32 by two orders: 1e-5 is 80 roundings."""
+    mx.random.seed(5)
+    q, k, v, d = (mx.random.normal((2, heads, 150, 16)) for heads in (6, 2, 2, 6))
+    own = mx.vjp(lambda *a: attention.attention(*a, scale=0.25, mask=mask), [q, k, v], [d])
+    theirs = mx.vjp(lambda *a: mx.fast.scaled_dot_product_attention(*a, scale=0.25, mask=mask), [q, k, v], [d])
+    for a, b in zip(own[1], theirs[1], strict=True):
+        assert float(mx.abs(a - b).max()) < 1e-5 * float(mx.abs(b).max())
+
+
+def test_gradients_of_swiglu_are_mlx_s():
+    mx.random.seed(6)
+    gate, x, d = (3 * mx.random.normal((7, 33)) for _ in range(3))
+    own = mx.vjp(attention.swiglu, [gate, x], [d])
+    theirs = mx.vjp(lambda g, x: g * mx.sigmoid(g) * x, [gate, x], [d])
+    for a, b in zip(own[1], theirs[1], strict=True):
+        assert float(mx.abs(a - b).max()) < 1e-6 * float(mx.abs(b).max())
