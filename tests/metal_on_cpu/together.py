@@ -1,9 +1,9 @@
-"""Many instantiations of kernels compiled strictly, few compilations: those of one text become one translation unit."""
+"""Many instantiations of kernels compiled strictly, in few compilations: those of one header become one unit."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ from metal_on_cpu import source
 from metal_on_cpu.compile import compile_kernel
 from metal_on_cpu.options import Options
 
-#: Instantiations of a translation unit: its syntax tree, which the lint reads, is some 100 KB for each.
+#: Instantiations of a unit: its syntax tree, which the lint reads, is some 100 KB for each.
 _TOGETHER = 100
 
 
@@ -42,13 +42,17 @@ class Recorder:
         Raises:
             MslError: the first that does not compile, or that the lint rejects.
         """
-        pieces = []
-        for asked in self.asked.values():
-            templates = list(asked.templates)
-            pieces += [(asked, templates[i : i + _TOGETHER]) for i in range(0, len(templates), _TOGETHER)]
         with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as pool:
-            for _ in pool.map(lambda piece: _compile(*piece), pieces):
+            for _ in pool.map(_compile, self._units()):
                 pass
+
+    def _units(self) -> Iterator[list[tuple[_Asked, tuple]]]:
+        by_header: dict[str, list[tuple[_Asked, tuple]]] = {}
+        for asked in self.asked.values():
+            by_header.setdefault(asked.kernel.header, []).extend((asked, template) for template in asked.templates)
+        for instantiations in by_header.values():
+            for start in range(0, len(instantiations), _TOGETHER):
+                yield instantiations[start : start + _TOGETHER]
 
 
 @dataclass
@@ -80,11 +84,26 @@ def _kernel(name: str, input_names: tuple, output_names: tuple, text: str, heade
     return source.Kernel(name, input_names, output_names, text, header)
 
 
-def _compile(asked: _Asked, templates: list[tuple]) -> None:
+def _compile(instantiations: list[tuple[_Asked, tuple]]) -> None:
+    """One unit: the header that all share, their kernel functions, and a call of each instantiation."""
+    texts: dict[int, tuple[str, list[source.Parameter]]] = {}
+    entries = []
+    first = instantiations[0][0].kernel
+    for i, (asked, template) in enumerate(instantiations):
+        if id(asked) not in texts:
+            texts[id(asked)] = _text(asked, template, f"_{len(texts)}")
+        text, params = texts[id(asked)]
+        entry = source.entry_text(text, template, params)
+        entries.append(entry.replace("void __msl_entry(", f"void __msl_entry_{i}("))
+    header, kernel = source.user_files(first)
+    bodies = [text[text.index(first.header) + len(first.header) :] for text, _ in texts.values()]
+    parts = [f'#line 1 "{header}"\n{first.header}\n', *(f'#line 1 "{kernel}"\n{body}\n' for body in bodies)]
+    compile_kernel("".join(parts), "".join(entries), Options(dry=True).build, (header, kernel))
+
+
+def _text(asked: _Asked, template: tuple, suffix: str) -> tuple[str, list[source.Parameter]]:
+    """mlx's text, with a name for the kernel function that no other has, and its parameters."""
     shapes, dtypes = zip(*asked.outputs, strict=True)
-    text = source.mlx_source(asked.kernel, asked.inputs, templates[0], shapes, dtypes)
-    params = source.parameters(text)
-    entries = [source.entry_text(text, template, params) for template in templates]
-    entry = "".join(e.replace("void __msl_entry(", f"void __msl_entry_{i}(") for i, e in enumerate(entries))
-    marked = source.with_lines(text, asked.kernel)
-    compile_kernel(marked, entry, Options(dry=True).build, source.user_files(asked.kernel))
+    text = source.mlx_source(asked.kernel, asked.inputs, template, shapes, dtypes)
+    name = source.kernel_name(text)
+    return text.replace(name, name + suffix), source.parameters(text)
