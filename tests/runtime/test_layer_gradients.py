@@ -7,7 +7,7 @@ import pytest
 from gradient_cases import KINDS, check_gradient, layer, losses_of_lora
 from random_blocks import BLOCK_TYPES
 
-from mlxq.ops import gradients
+from mlxq.ops import dispatch, gradients
 from mlxq.runtime import layers
 
 AFFINE = ("2 64 F16", "3 16 F32", "4 16 BF16", "4 64 F32", "5 16 F16", "6 128 BF16", "8 16 F32")
@@ -91,6 +91,32 @@ def test_low_rank_training_lowers_the_loss(monkeypatch, how, backend):
     ask_for(monkeypatch, backend)
     losses = losses_of_lora(how, 12)
     assert losses[-1] < 0.9 * losses[0], losses
+
+
+@pytest.mark.parametrize("how", ["4 16 F32", "4 64 F16", "Q4_K"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_with_metal_nothing_is_evaluated_on_the_way(monkeypatch, kind, how):
+    """mlx's trainer compiles its step, in which nothing can be. The launchers are traced, with kernels that give 0."""
+
+    def launch(*, output_shapes, output_dtypes, **_) -> list[mx.array]:
+        return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+
+    monkeypatch.setattr(mx.fast, "metal_kernel", lambda **_: launch)
+    monkeypatch.setenv("MLXQ_BACKEND", "metal")
+    monkeypatch.setattr(dispatch, "metal_available", lambda: True)
+    module, w = layer(kind, how)
+    chosen = mx.array([[0, 2], [1, 1]], mx.uint32)
+
+    def loss(x: mx.array) -> mx.array:
+        y = module(x, chosen) if kind == "switch" else getattr(module, "as_linear", module)(x)
+        return (y**2).sum()
+
+    x = mx.zeros((2, 1, 1, w.shape[-1]))
+    assert mx.compile(mx.grad(loss))(x).shape == x.shape
+    # NumPy evaluates: the same would be an error.
+    monkeypatch.setenv("MLXQ_BACKEND", "numpy")
+    with pytest.raises(ValueError, match="eval"):
+        mx.compile(mx.grad(loss))(x)
 
 
 @pytest.mark.parametrize("kind", KINDS)
