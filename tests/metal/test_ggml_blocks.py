@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from random_blocks import random_blocks
 
+from mlxq import ops
 from mlxq.errors import BackendError, FormatError
 from mlxq.formats import ggml
 from mlxq.formats.floats import from_float32, to_float32
@@ -183,9 +184,9 @@ def test_infinite_and_huge_x(metal) -> None:
 )
 def test_bad_input_is_refused_before_a_launch(metal, arguments, error, message) -> None:
     with pytest.raises(error, match=message):
-        metal_blocks.block_matmul(*arguments)
+        ops.block_matmul(*arguments[:2], type_name=arguments[2], backend="metal")
     with pytest.raises(BackendError, match="no kernel for ggml type 'TQ2_0'; it has for Q4_0, "):
-        metal_blocks.block_dequantize(mx.zeros((1, 66), mx.uint8), "TQ2_0", "F32")
+        ops.block_dequantize(mx.zeros((1, 66), mx.uint8), type_name="TQ2_0", backend="metal")
     with pytest.raises(FormatError, match="dtype must be one of F32, F16, BF16"):
-        metal_blocks.block_dequantize(mx.zeros((1, 18), mx.uint8), "Q4_0", "F64")
+        ops.block_dequantize(mx.zeros((1, 18), mx.uint8), type_name="Q4_0", dtype="F64", backend="metal")
     assert not metal.launches
