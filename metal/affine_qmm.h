@@ -54,7 +54,7 @@ struct Fragments {
   }
 };
 
-/// Terms of a float32 sum in one chain.
+/// Terms of a float32 sum in one chain: one or two blocks of eight runs.
 constant constexpr int QMM_CHAIN = 256;
 
 /// Removes the first eight codes of a run.
@@ -140,6 +140,7 @@ MLXQ_FUNC void affine_qmm_t_tile(
   constexpr int depth = QMM_DEPTH / 8;
   constexpr int m_fragments = QMM_TILE_M / 8;
   constexpr int n_fragments = QMM_TILE_N / 8 / QMM_SIMD_GROUPS;
+  constexpr bool all_columns = N % QMM_TILE_N == 0;
   const int first_n = int(tile_n) * QMM_TILE_N + int(simd_group) * n_fragments * 8;
   const int slot = fragment_row(lane);
   const int column = fragment_column(lane);
@@ -152,7 +153,8 @@ MLXQ_FUNC void affine_qmm_t_tile(
   for (int n = 0; n < n_fragments; n++) {
     MLXQ_UNROLL
     for (int e = 0; e < 2; e++) {
-      const size_t row = size_t(min(first_n + n * 8 + column + e, N - 1));
+      const int n_row = first_n + n * 8 + column + e;
+      const size_t row = size_t(all_columns ? n_row : min(n_row, N - 1));
       from[n][e] = w + row * (K * bits / 32) + slot * run * bits / 32;
       scales_from[n][e] = scales + row * (K / group_size) + slot * run / group_size;
       biases_from[n][e] = biases + row * (K / group_size) + slot * run / group_size;
@@ -226,11 +228,13 @@ MLXQ_FUNC void affine_qmm_t_tile(
         }
       }
     }
-    if (8 * run == QMM_CHAIN || (block + 8 * run) % QMM_CHAIN == 0) {
+    if (8 * run == QMM_CHAIN || block % QMM_CHAIN != 0) {
       sums.fold();
     }
   }
-  sums.fold();
+  if (8 * run != QMM_CHAIN && (K - 1) % QMM_CHAIN < 8 * run) {
+    sums.fold();
+  }
 
   MLXQ_UNROLL
   for (int m = 0; m < m_fragments; m++) {
@@ -240,10 +244,10 @@ MLXQ_FUNC void affine_qmm_t_tile(
     for (int n = 0; n < n_fragments; n++) {
       const int out = first_n + n * 8 + column;
       device Y* to = y + size_t(row) * N + out;
-      if (wanted && out < N) {
+      if (wanted && (all_columns || out < N)) {
         to[0] = Y(sums.at(m, n, 0));
       }
-      if (wanted && out + 1 < N) {
+      if (wanted && (all_columns || out + 1 < N)) {
         to[1] = Y(sums.at(m, n, 1));
       }
     }

@@ -49,26 +49,30 @@ struct AffineRows {
   }
 };
 
-/// Adds the products of one run of x with `rows` runs of codes to `sums`. x and weights are at the run.
-template <int group_size, int bits, int rows, typename Rows, typename P>
+/// Adds the products of a run of M rows of x with `rows` runs of codes to `sums` [M, rows]: codes are multiplied as they
+/// are, grids their sums. For one or two rows of x, beyond which it is less to make weights of codes first.
+template <int group_size, int bits, int K, int M, int rows, typename Rows, typename P>
 MLXQ_FUNC void affine_qmv_step(const thread Rows& weights, P x, thread float* sums) {
   constexpr int run = affine_qmv_run<bits>();
   constexpr int chunk = run < group_size ? run : group_size;
   constexpr int n_words = affine_words<bits, run>();
-  float v[run];
-  load_floats<run>(x, v);
-  float totals[run / chunk];
+  float v[M][run];
+  float totals[M][run / chunk];
   MLXQ_UNROLL
-  for (int c = 0; c < run / chunk; c++) {
-    totals[c] = v[c * chunk];
+  for (int m = 0; m < M; m++) {
+    load_floats<run>(rows_at(x, m * K), v[m]);
     MLXQ_UNROLL
-    for (int i = 1; i < chunk; i++) {
-      totals[c] += v[c * chunk + i];
+    for (int c = 0; c < run / chunk; c++) {
+      totals[m][c] = v[m][c * chunk];
+      MLXQ_UNROLL
+      for (int i = 1; i < chunk; i++) {
+        totals[m][c] += v[m][c * chunk + i];
+      }
     }
-  }
-  MLXQ_UNROLL
-  for (int i = 0; i < run; i++) {
-    v[i] *= affine_place<bits>(i);
+    MLXQ_UNROLL
+    for (int i = 0; i < run; i++) {
+      v[m][i] *= affine_place<bits>(i);
+    }
   }
   MLXQ_UNROLL
   for (int r = 0; r < rows; r++) {
@@ -76,12 +80,20 @@ MLXQ_FUNC void affine_qmv_step(const thread Rows& weights, P x, thread float* su
     load_words<n_words>(weights.words(r), codes);
     MLXQ_UNROLL
     for (int c = 0; c < run / chunk; c++) {
-      float dot = 0.0f;
+      float dots[M] = {};
       MLXQ_UNROLL
       for (int i = c * chunk; i < (c + 1) * chunk; i++) {
-        dot = fma(v[i], affine_masked<bits>(codes, i), dot);
+        const float code = affine_masked<bits>(codes, i);
+        MLXQ_UNROLL
+        for (int m = 0; m < M; m++) {
+          dots[m] = fma(v[m][i], code, dots[m]);
+        }
       }
-      sums[r] = fma(weights.scale(r, c), dot, fma(weights.bias(r, c), totals[c], sums[r]));
+      const float scale = weights.scale(r, c), bias = weights.bias(r, c);
+      MLXQ_UNROLL
+      for (int m = 0; m < M; m++) {
+        sums[m * rows + r] = fma(scale, dots[m], fma(bias, totals[m][c], sums[m * rows + r]));
+      }
     }
   }
 }
@@ -136,8 +148,8 @@ MLXQ_FUNC void affine_qmv_sums(Rows weights, P x, uint lane, thread float* sums)
   weights.advance(k);
   x += k;
   for (int i = 0; i < K / step; i++) {
-    if constexpr (M == 1) {
-      affine_qmv_step<group_size, bits, rows>(weights, x, sums);
+    if constexpr (M <= 2) {
+      affine_qmv_step<group_size, bits, K, M, rows>(weights, x, sums);
     } else {
       affine_qmv_rows_step<group_size, bits, K, M, rows>(weights, x, sums);
     }
@@ -145,8 +157,8 @@ MLXQ_FUNC void affine_qmv_sums(Rows weights, P x, uint lane, thread float* sums)
     x += step;
   }
   if (K % step != 0 && k < K % step) {
-    if constexpr (M == 1) {
-      affine_qmv_step<group_size, bits, rows>(weights, x, sums);
+    if constexpr (M <= 2) {
+      affine_qmv_step<group_size, bits, K, M, rows>(weights, x, sums);
     } else {
       affine_qmv_rows_step<group_size, bits, K, M, rows>(weights, x, sums);
     }
