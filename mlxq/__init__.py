@@ -18,6 +18,10 @@ _EXPORTS = {
     "inspect": "mlxq.evaluate.inspect",
     "compare": "mlxq.evaluate.comparison.compare",
     "Comparison": "mlxq.evaluate.comparison.compare",
+    "evaluate_model": "mlxq.evaluate.quality.measure",
+    "evaluate_models": "mlxq.evaluate.quality.measure",
+    "Evaluation": "mlxq.evaluate.quality.results",
+    "ModelQuality": "mlxq.evaluate.quality.results",
     "quantize": "mlxq.ops",
     "dequantize": "mlxq.ops",
     "quantized_matmul": "mlxq.ops",
@@ -31,14 +35,18 @@ __all__ = [
     "CancelToken",
     "Comparison",
     "ConversionResult",
+    "Evaluation",
     "MlxqError",
     "Model",
+    "ModelQuality",
     "Progress",
     "QuantSpec",
     "__version__",
     "compare",
     "convert",
     "dequantize",
+    "evaluate_model",
+    "evaluate_models",
     "export",
     "generate",
     "inspect",
@@ -53,6 +61,8 @@ if TYPE_CHECKING:
     from mlxq.errors import MlxqError
     from mlxq.evaluate.comparison.compare import Comparison, compare
     from mlxq.evaluate.inspect import inspect
+    from mlxq.evaluate.quality.measure import evaluate_model, evaluate_models
+    from mlxq.evaluate.quality.results import Evaluation, ModelQuality
     from mlxq.ops import dequantize, quantize, quantized_matmul
     from mlxq.runtime.generate import generate, stream
     from mlxq.runtime.load import Model, load

@@ -204,6 +204,15 @@ def context_length(config: dict[str, Any]) -> int | None:
     return None
 
 
+def vocabulary_size(config: dict[str, Any]) -> int | None:
+    """Tokens that the model can predict, as the configuration declares; None when it declares none."""
+    for part in (config, config.get("text_config") or {}):
+        size = part.get("vocab_size") or part.get("padded_vocab_size")
+        if isinstance(size, int):
+            return size
+    return None
+
+
 def _decode_floats(value: Any) -> Any:
     if isinstance(value, dict):
         if set(value) == {_FLOAT_TAG} and value[_FLOAT_TAG] in ("Infinity", "-Infinity", "NaN"):

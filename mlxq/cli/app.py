@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import mlxq
-from mlxq.cli import bench, convert, export, generate, inspect, verify
+from mlxq.cli import bench, compare, convert, eval, export, generate, inspect, verify
 from mlxq.errors import UsageError
 
 _INTERRUPTED = 130
@@ -21,7 +21,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("bench")(bench.bench)
+app.command("compare")(compare.compare)
 app.command("convert")(convert.convert)
+app.command("eval")(eval.evaluate)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
 app.command("inspect")(inspect.inspect)

@@ -18,7 +18,7 @@ import numpy as np
 from mlxq.architectures.arguments import effective
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
-from mlxq.checkpoint.config import context_length
+from mlxq.checkpoint.config import context_length, vocabulary_size
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError
@@ -145,7 +145,7 @@ def verify(
         # where the text does not reach it.
         suspicious = not divergence.kl <= suspicious_kl(tensors, exact) or bool(not_finite(result, cancel))
         errors = tensor_errors(parameters, result, cancel) if suspicious else []
-        vocabulary = _vocabulary(parameters.checkpoint)
+        vocabulary = vocabulary_size(parameters.checkpoint.config)
         predicts = better_than_chance(divergence.nll_source, vocabulary)
         bound = kl_bound(tensors, exact, predicts=predicts)
         reason = failure(difference, divergence, bound, bpw, errors)
@@ -240,7 +240,7 @@ class _Comparison:
         self._rows = np.setdiff1d(np.arange(len(tokens)), last)
         self._targets = tokens[self._rows + 1]
         self._of = np.repeat(np.arange(len(counts)), counts)[self._rows]
-        vocabulary = _vocabulary(source.checkpoint) or 1 << 18
+        vocabulary = vocabulary_size(source.checkpoint.config) or 1 << 18
         self._step = max(_LOGITS // vocabulary, _LEAST_ROWS)
         self._done = 0
         self._total = sum(m.n_blocks for m in self._models) + len(self._chunks())
@@ -290,15 +290,7 @@ def _sequences(checkpoint: Checkpoint) -> list[list[int]]:
         )
     # Positions that a table does not have are read from whatever lies behind it.
     longest = min(context_length(checkpoint.config) or MAX_TOKENS, MAX_TOKENS)
-    return token_sequences(load_tokenizer(checkpoint), _vocabulary(checkpoint), longest)
-
-
-def _vocabulary(checkpoint: Checkpoint) -> int | None:
-    for part in (checkpoint.config, checkpoint.config.get("text_config") or {}):
-        size = part.get("vocab_size") or part.get("padded_vocab_size")
-        if isinstance(size, int):
-            return size
-    return None
+    return token_sequences(load_tokenizer(checkpoint), vocabulary_size(checkpoint.config), longest)
 
 
 def _rounded(x: float | None) -> float | None:

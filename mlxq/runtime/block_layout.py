@@ -15,6 +15,8 @@ from mlxq.runtime.weights import load_parameters, release_parameters
 
 #: Called after every block: its index is done, of the number of blocks.
 BlockCallback = Callable[[int, int], None]
+#: Called with the index of every block and what it returned, evaluated.
+OutputCallback = Callable[[int, Any], None]
 
 
 class NotStreamable(Exception):
@@ -79,6 +81,7 @@ class BlockLayout:
         dtype: mx.Dtype | None,
         on_block: BlockCallback,
         around_block: Callable[[int, LazyModule], Proxy] | None = None,
+        on_output: OutputCallback | None = None,
     ) -> None:
         """Put the wrappers in: blocks, parts, and the cuts on the way to the blocks.
 
@@ -90,8 +93,12 @@ class BlockLayout:
             def load() -> None:
                 load_parameters(module, path, parameter_map, compute_dtype=dtype)
 
-            finished = None if index is None else lambda: on_block(index + 1, total)
-            return LazyModule(module, load, finished)
+            def finished(output: Any) -> None:
+                if on_output is not None:
+                    on_output(index, output)
+                on_block(index + 1, total)
+
+            return LazyModule(module, load, None if index is None else finished)
 
         self._lazy = [make(block, f"{self.path}.{i}", i) for i, block in enumerate(self.blocks)]
         owner = self.owners[-1][0]
@@ -110,8 +117,17 @@ class BlockLayout:
 
     def replay(self, hidden: mx.array) -> None:
         """Let the trunk return `hidden` the next time it is called."""
-        trunk = next(cut for cut in reversed(self._cuts) if cut.called)
-        trunk.replay = hidden
+        self._cuts[self.trunk].replay = hidden
+
+    @property
+    def trunk(self) -> int:
+        """Which of the modules above the blocks ended the pass, counted from the root."""
+        return max(i for i, cut in enumerate(self._cuts) if cut.called)
+
+    @trunk.setter
+    def trunk(self, index: int) -> None:
+        for cut in self._cuts[: index + 1]:
+            cut.called = True
 
     def release(self) -> None:
         """Drop the parameters of every part."""
@@ -147,7 +163,7 @@ class LazyModule(Proxy):
     are passed through without them. Another part has them from its first use until `release`.
     """
 
-    def __init__(self, module: nn.Module, load: Callable[[], None], finished: Callable[[], None] | None):
+    def __init__(self, module: nn.Module, load: Callable[[], None], finished: Callable[[Any], None] | None):
         super().__init__(module)
         self._load = load
         self._finished = finished
@@ -167,7 +183,7 @@ class LazyModule(Proxy):
         with self.loaded() as module:
             output = module(*args, **kwargs)
             mx.eval([a for _, a in tree_flatten(output) if isinstance(a, mx.array)])
-        self._finished()
+        self._finished(output)
         return output
 
     @contextlib.contextmanager

@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.runtime.block_layout import BlockCallback, BlockLayout, NotStreamable, TrunkDone
+from mlxq.runtime.block_layout import BlockCallback, BlockLayout, NotStreamable, OutputCallback, TrunkDone
 from mlxq.runtime.layers import install_layers
 from mlxq.runtime.spool import spool
 from mlxq.runtime.weights import load_parameters, release_parameters
@@ -57,10 +57,16 @@ class StreamedModel:
             self._layout = None
         self.n_blocks = len(self._layout.blocks) if self._layout else 1
 
-    def run(self, sequences: Sequence[Sequence[int]], on_block: BlockCallback | None = None) -> int:
+    def run(
+        self,
+        sequences: Sequence[Sequence[int]],
+        on_block: BlockCallback | None = None,
+        on_output: OutputCallback | None = None,
+    ) -> int:
         """Run all blocks over token sequences, padded on the right to one batch, and keep what the head needs.
 
-        Attention is causal, so nothing behind a token changes its logits; padding is dropped afterwards.
+        Attention is causal, so nothing behind a token changes its logits; padding is dropped afterwards. `on_output`
+        sees what each block returns for the padded batch, unless the model is run whole.
 
         Returns:
             The number of rows that `logits` can be asked for: all tokens, sequence after sequence.
@@ -72,7 +78,7 @@ class StreamedModel:
         on_block = on_block or (lambda done, total: None)
         if self._layout is not None:
             try:
-                self._run_streamed(sequences, on_block)
+                self._run_streamed(sequences, on_block, on_output)
             except NotStreamable as e:
                 # The wrappers stay in the model they were put into: start again with a fresh one.
                 self._build()
@@ -90,6 +96,25 @@ class StreamedModel:
         self._layout.replay(self._hidden[mx.array(np.ascontiguousarray(rows))][None])
         return _float32(self._model(mx.zeros((1, len(rows)), mx.int32)))[0]
 
+    def states(self, rows: np.ndarray) -> tuple[np.ndarray, int] | None:
+        """What `resume` takes to give the same logits: hidden states float32 `[n, hidden]` of rows, as `logits` takes
+        them, and which module they left. None for a model that was run whole."""
+        if self._hidden is None:
+            return None
+        return np.array(self._hidden[mx.array(np.ascontiguousarray(rows))].astype(mx.float32)), self._layout.trunk
+
+    def resume(self, hidden: np.ndarray, trunk: int) -> None:
+        """Take the place of `run`: `logits` of row i is of the hidden states `hidden[i]` of an earlier run.
+
+        Raises:
+            ValueError: the model has no such module, and cannot have run there.
+        """
+        if self._layout is None or not 0 <= trunk < len(self._layout.owners) - 1:
+            raise ValueError(f"the hidden states left module {trunk}, which this model does not have above its blocks")
+        self._layout.wrap(self._map, self._dtype, lambda done, total: None)
+        self._layout.trunk = trunk
+        self._hidden = mx.array(hidden)
+
     def close(self) -> None:
         """Give back all memory and the temporary file."""
         if self._layout is not None:
@@ -103,9 +128,11 @@ class StreamedModel:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _run_streamed(self, sequences: Sequence[Sequence[int]], on_block: BlockCallback) -> None:
+    def _run_streamed(
+        self, sequences: Sequence[Sequence[int]], on_block: BlockCallback, on_output: OutputCallback | None
+    ) -> None:
         layout = self._layout
-        layout.wrap(self._map, self._dtype, on_block)
+        layout.wrap(self._map, self._dtype, on_block, on_output=on_output)
         tokens, kept = _batch(sequences)
         try:
             self._model(tokens)
