@@ -55,8 +55,13 @@ def check_gated(gate, up, M: int, dtype: str, activation: str = "silu", permuted
     y = ops.gated_projection(x, g, u, activation=activation, g_idx=order, **METAL)
     assert y.dtype == DTYPES[dtype]
     wide = affine_cases.doubles(x)[:, np.array(order)] if permuted else affine_cases.doubles(x)
-    expected = FUNCTIONS[activation](wide @ g_w.T) * (wide @ u_w.T)
-    assert affine_cases.error(y, expected) <= TOLERANCES[DTYPES[dtype]]
+    g, u = wide @ g_w.T, wide @ u_w.T
+    a = FUNCTIONS[activation](g)
+    # Each product has float32's error; the slope of the function is at most 1.13. Half floats round the result, too.
+    allowed = 1e-6 * (1.13 * np.abs(g).max() * np.abs(u) + np.abs(a) * np.abs(u).max())
+    if dtype != "f32":
+        allowed += TOLERANCES[DTYPES[dtype]] * np.abs(a * u).max()
+    assert (np.abs(affine_cases.doubles(y) - a * u) <= allowed).all()
 
 
 def check_each(weights, M: int, dtype: str, permuted: bool = False) -> None:
@@ -92,7 +97,7 @@ def test_affine_gate_and_up(metal, bits, group_size):
     assert in_one_launch(metal, "affine_qmv_gated_silu")
 
 
-@pytest.mark.parametrize("M", [1, 3, *(pytest.param(M, marks=pytest.mark.slow) for M in (2, 8, 9, 16))])
+@pytest.mark.parametrize("M", [1, 3, *(pytest.param(M, marks=pytest.mark.slow) for M in (8, 9, 16))])
 def test_few_rows_in_an_order_of_columns(metal, M):
     order = ORDERS[M % 3]
     with metal.options(order=order):
@@ -120,33 +125,33 @@ def test_products_of_several_types_and_grids(metal, M):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", METAL_TYPES)
-def test_every_number_of_rows_of_blocks(metal, name):
-    """Every kernel that dispatch can ask for of a type, with dtypes, shapes, functions and lane orders in turn."""
+@pytest.mark.parametrize(("at", "name"), enumerate(METAL_TYPES))
+def test_every_type_of_blocks(metal, at, name):
+    """Each with one row and with another number of them; dtypes, shapes, functions and lane orders in turn."""
     size = block_format(name).block_size
-    shapes = [(1, size), (5, 3 * size), (37, 1024 + 3 * size), (9, 2048)]
-    dtypes, functions = list(DTYPES), list(FUNCTIONS)
-    for M in range(1, 17):
-        N, K = shapes[M % 4]
+    shapes = [(5, 3 * size), (37, 1024 + 3 * size), (9, 2048)]
+    for turn, M in ((at, 1), (at + 1, 4 + at)):
+        N, K = shapes[turn % 3]
         pair = blocks(name, N, K, 1), blocks(name, N, K, 2)
-        with metal.options(order=ORDERS[M // 4 % 3]):
-            # With one output the largest is no measure of the sums that it is a product of.
-            check_gated(*pair, M, "bf16" if N == 1 else dtypes[M % 3], functions[M // 3 % 3], permuted=bool(M & 1))
-            check_each([*pair, blocks("Q8_0", 3, K, 3)], M, dtypes[M % 3], permuted=bool(M & 2))
+        dtype, activation = list(DTYPES)[turn % 3], list(FUNCTIONS)[turn // 3 % 3]
+        with metal.options(order=ORDERS[turn % 3]):
+            check_gated(*pair, M, dtype, activation, permuted=bool(at & 1))
+            check_each([*pair, blocks("Q8_0", 3, K, 3)], M, dtype, permuted=bool(at & 2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group_size", [16, 32, 64, 128])
-@pytest.mark.parametrize("bits", AFFINE_BITS)
-def test_every_affine_grid(metal, bits, group_size):
-    dtypes, functions = list(DTYPES), list(FUNCTIONS)
-    for i, M in enumerate((1, 2, 3, 4, 5, 8, 9, 13, 16)):
-        dtype = dtypes[(i + bits) % 3]
-        N, K = [(37, 1152), (9, 128), (21, 384)][i % 3]
-        pair = packed(bits, group_size, dtype, N, K, 1), packed(bits, group_size, dtype, N, K, 2)
-        with metal.options(order=ORDERS[i // 3]):
-            check_gated(*pair, M, dtype, functions[i % 3], permuted=bool(i & 1))
-            check_each([*pair, packed(4, 32, dtype, 5, K, 3)], M, dtype, permuted=bool(i & 2))
+@pytest.mark.parametrize(
+    ("at", "bits", "group_size"),
+    [(i, bits, g) for i, (bits, g) in enumerate((b, g) for b in AFFINE_BITS for g in (16, 32, 64, 128))],
+)
+def test_every_affine_grid(metal, at, bits, group_size):
+    M = 1 if at % 3 == 0 else 2 + at % 15
+    dtype, activation = list(DTYPES)[at // 3 % 3], list(FUNCTIONS)[at % 3]
+    N, K = [(37, 1152), (9, 128), (21, 384)][at // 2 % 3]
+    pair = packed(bits, group_size, dtype, N, K, 1), packed(bits, group_size, dtype, N, K, 2)
+    with metal.options(order=ORDERS[at % 3]):
+        check_gated(*pair, M, dtype, activation, permuted=bool(at & 1))
+        check_each([*pair, packed(4, 32, dtype, 5, K, 3)], M, dtype, permuted=bool(at & 2))
 
 
 @pytest.mark.parametrize("order", ["reverse", "random"])
