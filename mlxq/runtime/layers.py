@@ -29,11 +29,11 @@ from mlxq.ops.choices import Product
 from mlxq.ops.dispatch import ENVIRONMENT_VARIABLE, METAL_TYPES, asked, call_on, choose
 from mlxq.ops.kernel_cases import Blocks
 from mlxq.runtime import attention
+from mlxq.runtime.block_layers import BlockEmbedding, BlockLayer, BlockLinear, BlockSwitchLinear
 from mlxq.types import FLOAT_BYTES, QuantSpec, TensorInfo
 
 _switch = import_private("models.switch_layers")
 _FLOATS = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16}
-_NAMES = {dtype: name for name, dtype in _FLOATS.items()}
 
 
 class Linear(nn.Linear):
@@ -63,7 +63,16 @@ class Embedding(nn.Embedding):
         return super().as_linear(x) if self.plain else ops.matmul(x, self["weight"])
 
 
-class SwitchLinear(_switch.SwitchLinear):
+class _Experts:
+    """What our layers of experts share. mlx-lm's own would not be known to its tuner either: they are of our private
+    copy of it."""
+
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> nn.Module:
+        """mlx-lm's layer with low-rank weights beside this one."""
+        return import_private("tuner.lora").LoRASwitchLinear.from_base(self, r=r, dropout=dropout, scale=scale)
+
+
+class SwitchLinear(_Experts, _switch.SwitchLinear):
     """One `[out_features, in_features]` matrix for each expert; the rows of x are sent to `indices`."""
 
     plain = False
@@ -132,7 +141,7 @@ class QuantizedEmbedding(_Quantized, nn.QuantizedEmbedding):
         return super().as_linear(x) if self.plain else self._matmul(x)
 
 
-class QuantizedSwitchLinear(_Quantized, _switch.QuantizedSwitchLinear):
+class QuantizedSwitchLinear(_Experts, _Quantized, _switch.QuantizedSwitchLinear):
     """One quantized `[out_features, in_features]` matrix for each expert; weight `[num_experts, N, K]`."""
 
     def __init__(self, layer: Any, spec: QuantSpec, dtype: mx.Dtype):
@@ -149,76 +158,6 @@ class QuantizedSwitchLinear(_Quantized, _switch.QuantizedSwitchLinear):
         y = ops.gather_quantized_matmul(
             x, self["weight"], self["scales"], self["biases"], indices, sorted_indices=sorted_indices, **self._grid
         )
-        return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
-
-
-class BlockLayer(nn.Module):
-    """What the layers share whose `weight` stays in ggml blocks, uint8 `[..., N, row_bytes]` of type `type_name`.
-
-    They are made where something computes with blocks (see `keeps_blocks`).
-    """
-
-    def __init__(self, layer: Any, type_name: str):
-        super().__init__()
-        self.type_name = type_name
-        *lead, width = layer.weight.shape
-        geometry = block_format(type_name)
-        # Lazy: nothing is allocated.
-        self.weight = mx.zeros((*lead, width // geometry.block_size * geometry.type_size), mx.uint8)
-        if "bias" in layer:
-            self.bias = layer.bias
-        self.freeze()
-
-    def unfreeze(self, *args: Any, **kwargs: Any) -> None:
-        """Bytes of blocks stay frozen."""
-        super().unfreeze(*args, **kwargs)
-        self.freeze(recurse=False)
-
-    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> nn.Module:
-        """mlx-lm's layer with low-rank weights beside this one; what it asks for where it cannot tell the shape."""
-        name, attribute = self._lora
-        geometry = block_format(self.type_name)
-        *rows, row_bytes = self["weight"].shape
-        width = row_bytes // geometry.type_size * geometry.block_size
-        # Linear layers say the inner axis first, then the rows, then experts; embeddings are laid out as they are.
-        sizes = (rows[0], width) if name == "LoRAEmbedding" else (width, *reversed(rows))
-        new = getattr(import_private("tuner.lora"), name)(*sizes, r=r, dropout=dropout, scale=scale)
-        new[attribute] = self
-        return new
-
-
-class BlockLinear(BlockLayer):
-    """`y = x @ w.T + bias`; x `[..., in_features]`, weight `[out_features, row_bytes]`."""
-
-    _lora = ("LoRALinear", "linear")
-
-    def __call__(self, x: mx.array) -> mx.array:
-        y = ops.block_matmul(x, self["weight"], type_name=self.type_name)
-        return y + self["bias"] if "bias" in self else y
-
-
-class BlockEmbedding(BlockLayer):
-    """Rows of a matrix `[num_embeddings, row_bytes]`, decoded to `compute_dtype`, or float32 where it is not set."""
-
-    _lora = ("LoRAEmbedding", "embedding")
-    compute_dtype: mx.Dtype | None = None
-
-    def __call__(self, x: mx.array) -> mx.array:
-        dtype = "F32" if self.compute_dtype is None else _NAMES[self.compute_dtype]
-        return ops.block_dequantize(self["weight"][x], type_name=self.type_name, dtype=dtype)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """Tied output projection: x `[..., dims]` -> `[..., num_embeddings]`."""
-        return ops.block_matmul(x, self["weight"], type_name=self.type_name)
-
-
-class BlockSwitchLinear(BlockLayer):
-    """One matrix for each expert; weight `[num_experts, out_features, row_bytes]`."""
-
-    _lora = ("LoRASwitchLinear", "linear")
-
-    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = ops.gather_block_matmul(x, self["weight"], indices, type_name=self.type_name, sorted_indices=sorted_indices)
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 from gradient_cases import KINDS, check_gradient, layer, losses_of_lora
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from random_blocks import BLOCK_TYPES
 
 from mlxq.ops import dispatch, gradients
 from mlxq.runtime import layers
+from mlxq.types import QuantSpec, TensorInfo
 
 AFFINE = ("2 64 F16", "3 16 F32", "4 16 BF16", "4 64 F32", "5 16 F16", "6 128 BF16", "8 16 F32")
 FLOATS = ("F32", "F16", "BF16")
@@ -119,12 +122,18 @@ def test_with_metal_nothing_is_evaluated_on_the_way(monkeypatch, kind, how):
         mx.compile(mx.grad(loss))(x)
 
 
+@pytest.mark.parametrize("how", ["Q6_K", "4 16 F32", "F16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_get_low_rank_weights_of_their_own_shape(kind):
-    module, w = layer(kind, "Q6_K")
-    lora = module.to_lora(r=2, scale=1.0)
-    x = mx.random.normal((2, 1, 1, w.shape[-1]))
-    chosen = mx.array([[0], [2]], mx.uint32)
+def test_low_rank_weights_have_the_shape_of_the_layer(kind, how):
+    """As mlx-lm's tuner makes them: it asks the layer, or knows it as a subclass of its own."""
+    module, w = layer(kind, how)
+    model = nn.Module()
+    model.layers = [nn.Module()]
+    model.layers[0].part = module
+    linear_to_lora_layers(model, 1, {"rank": 2, "scale": 1.0, "dropout": 0.0})
+    lora = model.layers[0].part
+    assert type(lora).__name__ == {"switch": "LoRASwitchLinear", "embedding": "LoRAEmbedding"}.get(kind, "LoRALinear")
+    x, chosen = mx.random.normal((2, 1, 1, w.shape[-1])).astype(mx.float16), mx.array([[0], [2]], mx.uint32)
     if kind == "switch":
         assert mx.array_equal(lora(x, chosen), module(x, chosen))
     elif kind == "embedding":
@@ -142,10 +151,6 @@ def test_blocks_stay_frozen():
 
 @pytest.mark.parametrize(("group_size", "plain"), [(16, False), (64, True)])
 def test_layers_of_groups_of_16_are_never_mlx_s(monkeypatch, group_size, plain):
-    import mlx.nn as nn
-
-    from mlxq.types import QuantSpec, TensorInfo
-
     monkeypatch.setattr(layers.attention, "on_cpu", lambda: False)
     model = nn.Sequential(nn.Linear(64, 8, bias=False))
     spec = QuantSpec(4, group_size)
