@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mlxq.errors import Cancelled
 
 Action = Literal["quantize", "repack", "requantize", "keep"]
-Method = Literal["rtn", "portable"]
+Method = Literal["rtn", "portable", "search", "gptq"]
 ModuleKind = Literal["linear", "embedding", "switch", "other"]
 
 #: Bytes of one element of each float dtype, by its safetensors name.
@@ -76,7 +76,7 @@ class TensorPlan:
     `spec` is the affine grid it gets in an MLX directory, else None. `dtype` is what is stored: with a spec the float
     type of scales and biases; without, the float type of the tensor, or in a GGUF file its ggml type. `method` says
     how codes are chosen where they are not taken over: `rtn` rounds to nearest, `portable` searches those that ggml's
-    blocks hold too.
+    blocks hold too, `search` and `gptq` look at what a calibration text sends into the layer.
     """
 
     info: TensorInfo
@@ -107,10 +107,12 @@ class QuantizedTensor:
 class Progress:
     """One progress event: `done` of `total` `unit`s of `stage` are finished; `item` names the current one."""
 
-    stage: Literal["download", "quantize", "write", "verify", "compare", "load", "prompt", "generate", "measure"]
+    stage: Literal[
+        "download", "calibrate", "quantize", "write", "verify", "compare", "load", "prompt", "generate", "measure"
+    ]
     done: int
     total: int
-    unit: Literal["bytes", "tensors", "blocks", "tokens", "matrices"]
+    unit: Literal["bytes", "tensors", "blocks", "passes", "tokens", "matrices"]
     item: str = ""
 
 

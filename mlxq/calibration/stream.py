@@ -8,7 +8,8 @@ placeholder of the right shape. A pass that changes the hidden states between tw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlxq.architectures.parameters import ParameterMap
+from mlxq.calibration.observe import Observations, observing
 from mlxq.errors import CalibrationError
 from mlxq.runtime.block_layout import BlockLayout, LazyModule, NotStreamable, Proxy
 from mlxq.runtime.layers import install_layers
@@ -86,6 +88,13 @@ class Activations:
             flat = spool((n, prod(hidden.shape[1:])), "the activations of the calibration text")
             self._file = flat.reshape(n, *hidden.shape[1:])
         self._file[self.chunks[i]] = np.asarray(hidden.astype(mx.float32))
+
+    def copy(self) -> Activations:
+        """The same hidden states, which the other's no longer touch."""
+        new = Activations(self.chunks[-1].stop, self.chunks[0].stop, on_disk=self._on_disk)
+        for i, hidden in enumerate(self):
+            new[i] = hidden
+        return new
 
     def __iter__(self) -> Iterator[mx.array]:
         return (self[i] for i in range(len(self.chunks)))
@@ -156,15 +165,14 @@ class BlockStream:
             NotStreamable: the forward pass does more between blocks than to call them.
         """
         expected: list[mx.array] = []
+        self._calls = []
 
         def call(index: int, lazy: LazyModule, args: tuple, kwargs: dict[str, Any]) -> mx.array:
             if expected and args[0] is not expected[-1]:
                 raise NotStreamable(f"its hidden states are changed before block {index}")
-            rows, length = args[0].shape[:2]
-            # Masks and positions that the trunk made are lazy too; the blocks share them.
-            path = f"{self._layout.path}.{index}"
-            with lazy.loaded() as module:
-                visit(Block(index, path, module, args, kwargs, rows), self.activations)
+            self._calls.append((lazy, args, kwargs))
+            with self.block(index) as block:
+                visit(block, self.activations)
             # Lazy: it is passed on, and never computed.
             expected.append(mx.zeros(args[0].shape, args[0].dtype))
             return expected[-1]
@@ -174,6 +182,20 @@ class BlockStream:
         self._model(mx.array(self._sequences[first]))
         if len(expected) != self.n_blocks:
             raise NotStreamable(f"its forward pass calls {len(expected)} of its {self.n_blocks} blocks")
+
+    @contextlib.contextmanager
+    def block(self, index: int) -> Iterator[Block]:
+        """A block with its parameters, once `run` has come to it."""
+        lazy, args, kwargs = self._calls[index]
+        with lazy.loaded() as module:
+            yield Block(index, f"{self._layout.path}.{index}", module, args, kwargs, len(args[0]))
+
+    def observing_parts(
+        self, names_of: Callable[[str], Sequence[str]], into: Observations, **what: bool
+    ) -> contextlib.AbstractContextManager[None]:
+        """`observe.observing` of the matrices beside the blocks (head, embedding as a head)."""
+        names = [name for path in self.parts for name in names_of(path)]
+        return observing(self._model, "", names, into, **what)
 
     def logits(self, i: int) -> mx.array:
         """Logits `[S, L, vocabulary]` of chunk `i`, from what came out of the last block; lazy."""
@@ -191,6 +213,10 @@ class BlockStream:
         for name in path.split("."):
             found = found[name]
         return found
+
+    @property
+    def n_tokens(self) -> int:
+        return self._sequences.size
 
     @property
     def parts(self) -> list[str]:

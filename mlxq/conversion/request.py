@@ -11,6 +11,21 @@ MODELFILE = "Modelfile"
 
 
 @dataclass(frozen=True)
+class CalibrationRequest:
+    """What was asked for.
+
+    `source` is `builtin`, `self` or a file; `max_memory` bytes decide whether hidden states wait on disk.
+    """
+
+    source: str = "builtin"
+    n_sequences: int = 128
+    length: int = 512
+    seed: int = 0
+    sweeps: int = 1
+    max_memory: int | None = None
+
+
+@dataclass(frozen=True)
 class GgufRequest:
     """What was asked for of a GGUF file; see `mlxq.convert`. `as_stored` never quantizes."""
 

@@ -12,10 +12,12 @@ from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
+from mlxq.conversion.code_store import CodeStore
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CheckpointError
-from mlxq.plan.planner import PlanOptions, make_plan
+from mlxq.plan.planner import Plan, PlanOptions, make_plan
 from mlxq.writers import mlx as mlx_writer
 from mlxq.writers.laid_out import sha256
 from mlxq.writers.manifest import NAME as MANIFEST
@@ -29,12 +31,13 @@ def to_mlx(
     job: Job,
     options: PlanOptions,
     imatrix: str | os.PathLike[str] | None = None,
+    calibration: CalibrationRequest | None = None,
     before_commit: Callable[[Path, dict[str, Any]], None] = lambda staged, source: None,
 ) -> ConversionResult:
     """Plan, write and prove an MLX directory; see `mlxq.convert`.
 
-    `imatrix` weights the errors of the portable recipe. `before_commit` is called with the stage and what the manifest
-    says of the source, when all is staged.
+    `imatrix` weights the errors of the portable recipe; `calibration` is for methods that read a text.
+    `before_commit` is called with the stage and what the manifest says of the source, when all is staged.
     """
     stage = None if job.dry_run else OutputDirectory(job.path, overwrite=job.overwrite)
     importance = read_importance(imatrix, stage.path if stage else None)
@@ -61,14 +64,15 @@ def to_mlx(
             raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
         stage.check_space(plan.nbytes + OTHER_FILES)
         weighting = Weighting(importance, {name: mapped.name for name, mapped in names.items()})
-        target = mlx_writer.MlxTarget(parameters, plan, weighting)
+        codes, calibrated = _calibrate(job, stage.path, parameters, plan, calibration)
+        target = mlx_writer.MlxTarget(parameters, plan, weighting, codes)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage:
             for name, content in companions.items():
                 stage.write(name, content)
             stage.write("config.json", mlx_writer.config_json(checkpoint.config, plan.tensors, plan.dtype))
             digests = stage.fill(weights.write)
-            notes = [*target.notes(), *without]
+            notes = [*target.notes(), *without, *calibrated]
             verification = job.prove(parameters, stage.stage, plan)
             files = digests.written | {name: sha256(stage.stage / name) for name in ("config.json", *companions)}
             described = job.describe(checkpoint, digests.source)
@@ -86,4 +90,17 @@ def to_mlx(
             )
             before_commit(stage.stage, described)
             stage.commit()
+        if codes is not None:
+            codes.remove()
         return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))
+
+
+def _calibrate(
+    job: Job, output: Path, parameters: ParameterMap, plan: Plan, request: CalibrationRequest | None
+) -> tuple[CodeStore | None, list[str]]:
+    """The codes that a calibration text leads to, and notes; None where no tensor needs one."""
+    from mlxq.conversion import calibrated
+
+    if not calibrated.is_needed(plan):
+        return None, []
+    return calibrated.calibrate(job, output, parameters, plan, request or CalibrationRequest())

@@ -16,6 +16,8 @@ from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorInfo, TensorPl
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP_SIZE = 64
+#: How codes can be asked to be chosen.
+METHODS = ("rtn", "search", "gptq")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class PlanOptions:
     them, where MLX has no such codes, see `recoding`), else 4 and 64.
     `tensor_types` holds `REGEX=BITS` or `REGEX=BITS:GROUP`, `keep` regular expressions, each in a tuple or list; both
     are searched in the parameter name, and the last that matches wins. `dtype` is `float32`, `float16` or `bfloat16`.
-    `exact` refuses whatever would change a decoded weight.
+    `exact` refuses whatever would change a decoded weight. `method` is how codes are chosen, `rtn` by default.
 
     Raises:
         PlanError: an illegal value, named with the legal ones, or a malformed or empty pattern.
@@ -39,6 +41,7 @@ class PlanOptions:
     keep: tuple[str, ...] = ()
     dtype: str | None = None
     exact: bool = False
+    method: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tensor_types", "keep"):
@@ -48,6 +51,10 @@ class PlanOptions:
         _legal(self.base.bits, self.base.group_size, "")
         if self.recipe == "portable":
             check_portable(self.base.bits, self.base.group_size)
+        if self.method is not None and self.method not in METHODS:
+            raise PlanError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
+        if self.method is not None and self.recipe == "portable":
+            raise PlanError("--recipe portable has a search of its own: leave --method out")
         if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
             raise PlanError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(sorted(DTYPE_NAMES.values()))}")
         object.__setattr__(self, "_types", [_tensor_type(t) for t in self.tensor_types])
@@ -160,7 +167,7 @@ class _Chooser:
         self.float_modules = float_modules
         self.n_layers = n_layers
         self.as_stored = quantized and not options.says_how
-        self.method = "portable" if options.recipe == "portable" else "rtn"
+        self.method = "portable" if options.recipe == "portable" else options.method or "rtn"
         self.unmatched = {text for _, _, _, text in options._types} | {text for _, text in options._keep}
         #: `--tensor-type` -> the first tensor that it matches and that no layer holds quantized.
         self.unfit: dict[str, str] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,14 @@ from mlxq.writers.safetensors import Entry, SafetensorsWriter
 from mlxq.writers.weighting import Weighting
 
 
+class Codes(Protocol):
+    """Quantized tensors by parameter name that are there before anything is written."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str, rows: slice | None = None) -> QuantizedTensor: ...
+
+
 def _quantize(w: np.ndarray, plan: TensorPlan, importance: np.ndarray | None) -> QuantizedTensor:
     if plan.method == "portable":
         from mlxq.quantizers import portable
@@ -37,7 +45,15 @@ class MlxTarget:
     `errors` gathers what repacking, requantizing and keeping changed; `notes()` afterwards says it in lines.
     """
 
-    def __init__(self, parameters: ParameterMap, plan: Plan, weighting: Weighting | None = None):
+    def __init__(
+        self,
+        parameters: ParameterMap,
+        plan: Plan,
+        weighting: Weighting | None = None,
+        codes: Codes | None = None,
+    ):
+        """`codes` are what calibration made of tensors already."""
+        self._codes = codes
         self.parameters = parameters
         self.plan = plan
         self._weighting = weighting or Weighting()
@@ -64,6 +80,13 @@ class MlxTarget:
         """The arrays of these rows, one after another where a row alone is large (one expert of a stack)."""
         if plan.action == "repack":
             yield _arrays(self._repack(plan, self.parameters.read_quantized(plan.info.name, rows)))
+            return
+        if self._codes is not None and plan.info.name in self._codes:
+            q = self._codes.read(plan.info.name, rows)
+            if plan.action == "requantize":
+                w = self.parameters.read(plan.info.name, rows)
+                self._measure(plan, floats.to_float32(w, floats.dtype_of(w)), crossings.dequantize(q))
+            yield _arrays(q)
             return
         w = self.parameters.read(plan.info.name, rows)
         if plan.spec is None:

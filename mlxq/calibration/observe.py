@@ -1,0 +1,196 @@
+"""What goes into the matrices of a block, and what comes back to them: taken down while the block runs.
+
+Every matrix layer is wrapped for the time of a `with`. Its inputs' second moments are what error feedback needs
+(`Moments.hessian`) and their diagonal is an importance matrix. Layers that are given the very same array (query, key
+and value projections) share one record. Where the block runs backwards too, the squared gradients at its outputs say
+how much each output row matters for the model's predictions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxq.runtime.block_layout import Proxy
+from mlxq.runtime.weights import on_accelerator
+
+
+@dataclass
+class Moments:
+    """Second moments of the inputs of one matrix, or of each of a stack of experts.
+
+    Attributes:
+        total: float32 `[n, K, K]`, sums of `x x^T`; n is 1, or the number of experts.
+        counts: int `[n]`, rows of x in each.
+    """
+
+    total: np.ndarray
+    counts: np.ndarray
+
+    @classmethod
+    def empty(cls, n: int, K: int) -> Moments:
+        return cls(np.zeros((n, K, K), np.float32), np.zeros(n, np.int64))
+
+    def add(self, x: mx.array, experts: np.ndarray | None) -> None:
+        """Count rows of x `[..., K]`; `experts` says for each which expert of a stack it went to."""
+        if experts is None:
+            self._add(0, x.reshape(-1, x.shape[-1]))
+            return
+        rows = x.reshape(-1, x.shape[-1])
+        for expert in np.unique(experts):
+            self._add(int(expert), rows[mx.array(np.flatnonzero(experts == expert))])
+
+    def _add(self, i: int, rows: mx.array) -> None:
+        self.counts[i] += len(rows)
+        if on_accelerator():
+            wide = rows.astype(mx.float32)
+            self.total[i] += np.asarray(wide.T @ wide)
+        else:
+            wide = np.asarray(rows.astype(mx.float32))
+            # The product of an array with its own transpose takes BLAS half the work.
+            self.total[i] += wide.T @ wide
+
+    def hessian(self, i: int = 0) -> np.ndarray:
+        """Mean of `x x^T`, float32 `[K, K]`; 0 where nothing was counted."""
+        return self.total[i] / np.float32(max(self.counts[i], 1))
+
+    def mean_squares(self, i: int = 0) -> np.ndarray:
+        """Float32 `[K]`."""
+        return np.ascontiguousarray(np.diagonal(self.total[i])) / np.float32(max(self.counts[i], 1))
+
+
+@dataclass
+class Observations:
+    """Records of a block's matrices, by parameter name (`model.layers.3.mlp.up_proj.weight`).
+
+    Attributes:
+        moments: of inputs, one object for all matrices with the same input.
+        squares: float64 `[N]`, or `[experts, N]`: sums of squared gradients at the outputs.
+        order: names in the order in which the block uses them.
+    """
+
+    moments: dict[str, Moments] = field(default_factory=dict)
+    squares: dict[str, np.ndarray] = field(default_factory=dict)
+    order: list[str] = field(default_factory=list)
+
+    def by_input(self) -> list[list[str]]:
+        """Names in order, those with the same input together."""
+        groups: dict[int, list[str]] = {}
+        for name in self.order:
+            groups.setdefault(id(self.moments[name]), []).append(name)
+        return list(groups.values())
+
+
+@contextlib.contextmanager
+def observing(
+    owner: Any, prefix: str, names: Iterable[str], into: Observations, *, inputs: bool = True, gradients: bool = False
+) -> Iterator[None]:
+    """Take down what reaches the layers whose weights are `names`, while the `with` lasts.
+
+    Args:
+        owner: a block, or another module; `prefix` is its path in the model.
+        inputs: count second moments of inputs.
+        gradients: sum squared gradients at outputs, when the module is run backwards.
+    """
+    latest: list[tuple[mx.array, str]] = []
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            path = name.removesuffix(".weight").removeprefix(f"{prefix}.").split(".")
+            parent = owner
+            for part in path[:-1]:
+                parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+            layer = parent[path[-1]]
+            parent[path[-1]] = _Observed(layer, name, into, latest, inputs, gradients)
+            stack.callback(parent.__setitem__, path[-1], layer)
+        yield
+
+
+class _Observed(Proxy):
+    """Stands where a matrix layer was."""
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        name: str,
+        into: Observations,
+        latest: list[tuple[mx.array, str]],
+        inputs: bool,
+        gradients: bool,
+    ):
+        super().__init__(layer)
+        self._name = name
+        self._into = into
+        #: The last input of the block and who had it first.
+        self._latest = latest
+        self._inputs = inputs
+        self._gradients = gradients
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        experts = _experts(x, args[0]) if args else None
+        if self._name not in self._into.order:
+            self._into.order.append(self._name)
+        if self._inputs:
+            self._count(x, experts)
+        y = self._module(x, *args, **kwargs)
+        return _watched(y, self._square(experts)) if self._gradients else y
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        if self._name not in self._into.order:
+            self._into.order.append(self._name)
+        if self._inputs:
+            self._count(x, None)
+        y = self._module.as_linear(x)
+        return _watched(y, self._square(None)) if self._gradients else y
+
+    def _count(self, x: mx.array, experts: tuple[mx.array, np.ndarray, int] | None) -> None:
+        moments, into = self._into.moments, self._name
+        if self._latest and self._latest[0][0] is x:
+            moments.setdefault(into, moments[self._latest[0][1]])
+            return
+        self._latest[:] = [(x, into)]
+        rows, which, n = experts or (x, None, 1)
+        if into not in moments:
+            moments[into] = Moments.empty(n if experts is None else self._module.weight.shape[0], x.shape[-1])
+        moments[into].add(rows, which)
+
+    def _square(self, experts: tuple[mx.array, np.ndarray, int] | None) -> Callable[[mx.array], None]:
+        def take(gradient: mx.array) -> None:
+            g = np.asarray(gradient.astype(mx.float32)).reshape(-1, gradient.shape[-1])
+            squares = self._into.squares
+            if experts is None:
+                squares[self._name] = squares.get(self._name, 0) + np.einsum("ij,ij->j", g, g, dtype=np.float64)
+                return
+            total = squares.setdefault(self._name, np.zeros((self._module.weight.shape[0], g.shape[-1])))
+            np.add.at(total, experts[1], g.astype(np.float64) ** 2)
+
+        return take
+
+
+def _experts(x: mx.array, indices: mx.array) -> tuple[mx.array, np.ndarray, int]:
+    """Rows of x as they go to the experts `indices`, the expert of each, and how many rows there are."""
+    shape = (*indices.shape, *x.shape[-2:])
+    rows = mx.broadcast_to(x, shape).reshape(-1, x.shape[-1])
+    which = np.repeat(np.asarray(indices).ravel(), x.shape[-2])
+    return rows, which, len(which)
+
+
+def _watched(y: mx.array, take: Callable[[mx.array], None]) -> mx.array:
+    """`y`; what comes back to it is shown to `take`."""
+
+    @mx.custom_function
+    def same(y: mx.array) -> mx.array:
+        # mlx would take the very same array for a constant.
+        return y + 0
+
+    @same.vjp
+    def show(primals: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        take(cotangent)
+        return cotangent
+
+    return same(y)

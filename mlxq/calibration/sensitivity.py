@@ -1,0 +1,116 @@
+"""How much an error in each output of each matrix changes the model's predictions: the Fisher information.
+
+For a small error `e_t` in the output of a layer at token t the KL divergence between the float and the changed model is
+`1/2 sum_t e_t^T F_t e_t`, with `F_t = E[g_t g_t^T]` and `g_t` the gradient of the log likelihood of tokens drawn from
+the model's own predictions (Amari 1998, "Natural gradient works efficiently in learning"). Errors of different rows of
+a matrix are taken as independent, as are inputs and gradients (Martens and Grosse 2015, "K-FAC"). Then a matrix whose
+rows are off by `e_n` costs about `1/2 sum_n s_n e_n H e_n` nats per token, with `s_n` the mean squared gradient at its
+output n and `H` the mean of `x x^T` of its inputs.
+
+The model runs forwards block by block, keeping what went into each block, then backwards, block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlxq.calibration.observe import Observations, observing
+from mlxq.calibration.stream import Activations, Block, BlockStream
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Of the matrices of a model.
+
+    Attributes:
+        squares: parameter name -> float64 `[N]` (or `[experts, N]`): mean squared gradient at each output per token.
+        embedding: float32 `[D, D]`: mean of `g g^T` of the gradients at the embedding's output.
+        n_tokens: that were looked at.
+    """
+
+    squares: Mapping[str, np.ndarray]
+    embedding: np.ndarray
+    n_tokens: int
+
+
+def measure(
+    stream: BlockStream,
+    names_of: Callable[[str], Sequence[str]],
+    seed: int = 0,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+) -> Sensitivity:
+    """Run a stream forwards and backwards.
+
+    Args:
+        stream: of the sequences to look at.
+        names_of: the matrices' names in a module, by its path.
+        seed: of the tokens that are drawn.
+        on_block: called after each block, forwards and backwards.
+    """
+    total = 2 * stream.n_blocks + 1
+    inputs: list[Activations] = []
+    stream.embed()
+
+    def forwards(block: Block, activations: Activations) -> None:
+        inputs.append(activations.copy())
+        for i, hidden in enumerate(activations):
+            activations[i] = block(hidden)
+        on_block(block.index + 1, total)
+
+    stream.run(forwards)
+    found = Observations()
+    cotangents = _through_head(stream, names_of, found, seed)
+    on_block(stream.n_blocks + 1, total)
+    for index in reversed(range(stream.n_blocks)):
+        with stream.block(index) as block:
+            names = names_of(block.path)
+            with observing(block.module, block.path, names, found, inputs=False, gradients=True):
+                for i, hidden in enumerate(inputs[index]):
+                    _, (back,) = mx.vjp(block, [hidden], [cotangents[i]])
+                    cotangents[i] = back
+        inputs.pop()
+        on_block(total - index, total)
+    gram = 0
+    for back in cotangents:
+        rows = np.asarray(back.astype(mx.float32)).reshape(-1, back.shape[-1])
+        gram = gram + rows.T @ rows
+    n = stream.n_tokens
+    return Sensitivity({name: s / n for name, s in found.squares.items()}, gram / np.float32(n), n)
+
+
+def _through_head(
+    stream: BlockStream, names_of: Callable[[str], Sequence[str]], found: Observations, seed: int
+) -> Activations:
+    """Gradients of the log likelihood of drawn tokens at what came out of the last block."""
+    rng = np.random.default_rng(seed)
+    cotangents = stream.activations.copy()
+    with stream.observing_parts(names_of, found, inputs=False, gradients=True):
+        for i, hidden in enumerate(stream.activations):
+
+            def log_likelihood(hidden: mx.array) -> mx.array:
+                logits = stream.head(hidden).astype(mx.float32)
+                return logits
+
+            logits = np.asarray(log_likelihood(hidden))
+            d = _drawn_gradient(logits, rng)
+            _, (back,) = mx.vjp(log_likelihood, [hidden], [mx.array(d)])
+            cotangents[i] = back
+    return cotangents
+
+
+def _drawn_gradient(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Gradient at logits `[..., V]` of the log likelihood of tokens drawn from their softmax: `onehot - p`."""
+    shape = logits.shape
+    p = logits.reshape(-1, shape[-1]).astype(np.float32)
+    p -= p.max(axis=1, keepdims=True)
+    np.exp(p, out=p)
+    p /= p.sum(axis=1, keepdims=True)
+    cumulative = np.cumsum(p, axis=1, dtype=np.float64)
+    drawn = (cumulative < rng.random((len(p), 1)) * cumulative[:, -1:]).sum(axis=1)
+    np.negative(p, out=p)
+    p[np.arange(len(p)), drawn] += 1
+    return p.reshape(shape)
