@@ -42,6 +42,7 @@ def measure(
     names_of: Callable[[str], Sequence[str]],
     seed: int = 0,
     on_block: Callable[[int, int], None] = lambda done, total: None,
+    on_inputs: Callable[[Observations], None] | None = None,
 ) -> Sensitivity:
     """Run a stream forwards and backwards.
 
@@ -50,6 +51,7 @@ def measure(
         names_of: the matrices' names in a module, by its path.
         seed: of the tokens that are drawn.
         on_block: called after each block, forwards and backwards.
+        on_inputs: shown the second moments of the inputs of each block's matrices, and of the head's, in passing.
     """
     total = 2 * stream.n_blocks + 1
     inputs: list[Activations] = []
@@ -57,12 +59,18 @@ def measure(
 
     def forwards(block: Block, activations: Activations) -> None:
         inputs.append(activations.copy())
-        for i, hidden in enumerate(activations):
-            activations[i] = block(hidden)
+        seen = Observations()
+        with observing(block.module, block.path, names_of(block.path), seen, inputs=on_inputs is not None):
+            for i, hidden in enumerate(activations):
+                activations[i] = block(hidden)
+        if on_inputs is not None:
+            on_inputs(seen)
         on_block(block.index + 1, total)
 
     stream.run(forwards)
     found = Observations()
+    if on_inputs is not None:
+        on_inputs(stream.inputs_of_head(names_of))
     cotangents = _through_head(stream, names_of, found, seed)
     on_block(stream.n_blocks + 1, total)
     for index in reversed(range(stream.n_blocks)):
@@ -90,15 +98,9 @@ def _through_head(
     cotangents = stream.activations.copy()
     with stream.observing_parts(names_of, found, inputs=False, gradients=True):
         for i, hidden in enumerate(stream.activations):
-
-            def log_likelihood(hidden: mx.array) -> mx.array:
-                logits = stream.head(hidden).astype(mx.float32)
-                return logits
-
-            logits = np.asarray(log_likelihood(hidden))
-            d = _drawn_gradient(logits, rng)
-            _, (back,) = mx.vjp(log_likelihood, [hidden], [mx.array(d)])
-            cotangents[i] = back
+            logits = stream.head(hidden)
+            d = mx.array(_drawn_gradient(np.asarray(logits.astype(mx.float32)), rng)).astype(logits.dtype)
+            _, (cotangents[i],) = mx.vjp(stream.head, [hidden], [d])
     return cotangents
 
 

@@ -197,6 +197,15 @@ class BlockStream:
         names = [name for path in self.parts for name in names_of(path)]
         return observing(self._model, "", names, into, **what)
 
+    def inputs_of_head(self, names_of: Callable[[str], Sequence[str]]) -> Observations:
+        """Second moments of what goes into the matrices beside the blocks, after the last block."""
+        seen = Observations()
+        with self.observing_parts(names_of, seen):
+            for hidden in self.activations:
+                # Its logits stay lazy: only what goes in is wanted.
+                self.head(hidden)
+        return seen
+
     def logits(self, i: int) -> mx.array:
         """Logits `[S, L, vocabulary]` of chunk `i`, from what came out of the last block; lazy."""
         return self.head(self.activations[i])

@@ -188,12 +188,7 @@ class Calibration:
         names = [n for path in stream.parts for n in self._names(path) if n not in self.store]
         if self.store.finished(step) is not None or not names:
             return
-        seen = Observations()
-        with stream.observing_parts(lambda path: [n for n in names if n.startswith(f"{path}.")], seen):
-            for hidden in stream.activations:
-                self.cancel.check()
-                # Only what goes into the head is wanted; its logits stay lazy.
-                stream.head(hidden)
+        seen = stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")])
         self._quantize(step, seen)
 
     def _names(self, path: str) -> list[str]:

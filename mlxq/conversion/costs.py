@@ -1,0 +1,215 @@
+"""What each grid would cost each tensor: measured on a part of the calibration text, in nats per token.
+
+One forward pass gives the second moments of every matrix's input, block by block; a sample of each matrix's rows is
+quantized to every grid by error feedback, as all of them will be. One backward pass says how much an error in each
+output row changes the model's predictions (`calibration.sensitivity`). The cost of a grid is half the sum over rows of
+sensitivity times squared output error. Nothing is in memory but a block and the sampled rows' errors.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.calibration.observe import Moments, Observations
+from mlxq.calibration.sensitivity import Sensitivity, measure
+from mlxq.calibration.stream import BlockStream
+from mlxq.errors import CalibrationError, FormatError, PlanError
+from mlxq.formats import floats
+from mlxq.formats.geometry import AFFINE_GROUP_SIZES
+from mlxq.plan.planner import Plan
+from mlxq.quantizers import calibrated
+from mlxq.quantizers.curvature import Curvature
+from mlxq.types import CancelToken, Progress, ProgressCallback, QuantSpec
+
+#: Rows of each matrix that are quantized to every grid.
+_ROWS = 128
+#: Experts of a stack that stand for all.
+_EXPERTS = 4
+#: Grids that are measured; the others follow from them by what their group size changes at 4 bits.
+_BITS = (2, 3, 4, 5, 6, 8)
+_BASE_GROUP = 64
+FORMAT = "mlxq costs 1"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameter -> grid -> nats per token, and what they were measured on."""
+
+    by_tensor: Mapping[str, Mapping[QuantSpec, float]]
+    n_tokens: int
+
+    def write(self, path: Path) -> None:
+        """As JSON, to be used again."""
+        tensors = {
+            name: {f"{spec.bits}:{spec.group_size}": cost for spec, cost in costs.items()}
+            for name, costs in self.by_tensor.items()
+        }
+        path.write_text(json.dumps({"format": FORMAT, "tokens": self.n_tokens, "tensors": tensors}, indent=1))
+
+    @classmethod
+    def read(cls, path: Path) -> Costs:
+        """Raises PlanError where the file is none of ours."""
+        try:
+            found = json.loads(path.read_text())
+            if found["format"] != FORMAT:
+                raise ValueError(found["format"])
+            tensors = {
+                name: {QuantSpec(*map(int, key.split(":"))): float(cost) for key, cost in costs.items()}
+                for name, costs in found["tensors"].items()
+            }
+            return cls(tensors, int(found["tokens"]))
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise PlanError(f"{path}: no file of measured costs: {e}") from e
+
+
+def measure_costs(
+    parameters: ParameterMap,
+    plan: Plan,
+    sequences: np.ndarray,
+    progress: ProgressCallback | None,
+    cancel: CancelToken,
+    seed: int = 0,
+) -> Costs:
+    """Costs of every grid for every tensor that the plan quantizes.
+
+    Args:
+        sequences: int32 `[S, L]`.
+
+    Raises:
+        CalibrationError: activations that are not finite.
+    """
+    run = _Run(parameters, plan, cancel)
+
+    def report(done: int, total: int) -> None:
+        cancel.check()
+        if progress:
+            progress(Progress("calibrate", done, total, "passes", "sensitivity"))
+
+    with BlockStream(parameters, sequences) as stream:
+        sensitivity = measure(stream, run.names, seed, report, on_inputs=run.sample)
+    return Costs(run.costs(sensitivity), sequences.size)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Rows of one matrix (of one expert): their squared output errors by grid, and the size of what they compute."""
+
+    expert: int
+    rows: np.ndarray
+    size: np.ndarray
+    errors: Mapping[QuantSpec, np.ndarray]
+    #: Sum of squared outputs over all rows, and the share of the experts' tokens that this one saw.
+    outputs: np.ndarray
+    share: float
+
+
+class _Run:
+    def __init__(self, parameters: ParameterMap, plan: Plan, cancel: CancelToken):
+        self.parameters = parameters
+        self.plans = {p.info.name: p for p in plan.tensors if p.spec is not None and p.action != "repack"}
+        self.cancel = cancel
+        self.samples: dict[str, list[_Sample]] = {}
+
+    def names(self, path: str) -> list[str]:
+        return [n for n in self.plans if n.startswith(f"{path}.")]
+
+    def sample(self, seen: Observations) -> None:
+        """Quantize rows of each matrix that was observed."""
+        for group in seen.by_input():
+            moments = seen.moments[group[0]]
+            busiest = np.argsort(-moments.counts, kind="stable")[:_EXPERTS]
+            for i in map(int, busiest):
+                try:
+                    curvature = Curvature.of(moments.hessian(i))
+                except FormatError as e:
+                    raise CalibrationError(f"{group[0]}: {e}") from e
+                for name in group:
+                    self.cancel.check()
+                    self.samples.setdefault(name, []).append(self._sample(name, i, moments, curvature))
+
+    def _sample(self, name: str, expert: int, moments: Moments, curvature: Curvature) -> _Sample:
+        plan = self.plans[name]
+        w = self._matrix(name, expert)
+        rows = np.linspace(0, len(w) - 1, min(_ROWS, len(w))).round().astype(int)
+        some = np.ascontiguousarray(w[rows])
+        hessian = moments.hessian(expert)
+        errors = {}
+        for spec in _grids(w.shape[1]):
+            w_hat = calibrated.quantize(some, spec, plan.dtype, curvature=curvature, sweeps=0)[1]
+            errors[spec] = _squares(some - w_hat, hessian)
+        share = float(moments.counts[expert] / max(moments.counts.sum(), 1))
+        return _Sample(expert, rows, _squares(some, hessian), errors, _squares(w, hessian), share)
+
+    def _matrix(self, name: str, expert: int) -> np.ndarray:
+        shape = self.plans[name].info.shape
+        w = self.parameters.read(name, slice(expert, expert + 1) if len(shape) > 2 else None)
+        return floats.to_float32(w, floats.dtype_of(w)).reshape(-1, shape[-1])
+
+    def costs(self, sensitivity: Sensitivity) -> dict[str, dict[QuantSpec, float]]:
+        out = {}
+        for name, plan in self.plans.items():
+            if name in self.samples:
+                out[name] = self._of_samples(name, sensitivity.squares[name])
+            elif plan.info.module == "embedding":
+                out[name] = self._of_embedding(name, sensitivity.embedding)
+        return {name: _with_groups(costs, self.plans[name].info.shape[-1]) for name, costs in out.items()}
+
+    def _of_samples(self, name: str, squares: np.ndarray) -> dict[QuantSpec, float]:
+        """Ratio of sampled errors to sampled outputs, times all outputs; rows weighted by their sensitivity."""
+        squares = squares.reshape(-1, squares.shape[-1])
+        total: dict[QuantSpec, float] = {}
+        seen = sum(s.share for s in self.samples[name])
+        for sample in self.samples[name]:
+            s = squares[sample.expert]
+            all_outputs = float(s @ sample.outputs)
+            weight = s[sample.rows]
+            some_outputs = max(float(weight @ sample.size), 1e-30)
+            # Squared gradients are means over all tokens, so an expert's already count how often it is used.
+            scale = 0.5 * all_outputs / some_outputs / max(seen, 1e-30)
+            for spec, errors in sample.errors.items():
+                total[spec] = total.get(spec, 0.0) + scale * float(weight @ errors)
+        return total
+
+    def _of_embedding(self, name: str, gram: np.ndarray) -> dict[QuantSpec, float]:
+        """Errors of rows that are looked up, in the directions that gradients have there."""
+        plan = self.plans[name]
+        V = plan.info.shape[0]
+        rows = np.linspace(0, V - 1, min(16 * _ROWS, V)).round().astype(int)
+        w = np.concatenate([self.parameters.read(name, slice(r, r + 1)) for r in rows])
+        w = floats.to_float32(w, floats.dtype_of(w))
+        costs = {}
+        for spec in _grids(w.shape[1]):
+            w_hat = calibrated.quantize(w, spec, plan.dtype)[1]
+            costs[spec] = 0.5 * float(_squares(w - w_hat, gram).mean())
+        return costs
+
+
+def _grids(K: int) -> list[QuantSpec]:
+    """The grids that are measured for rows of `K`."""
+    groups = [g for g in AFFINE_GROUP_SIZES if K % g == 0]
+    base = _BASE_GROUP if _BASE_GROUP in groups else groups[-1]
+    return [QuantSpec(b, base) for b in _BITS] + [QuantSpec(4, g) for g in groups if g != base]
+
+
+def _with_groups(costs: Mapping[QuantSpec, float], K: int) -> dict[QuantSpec, float]:
+    """All legal grids, of which those that were not measured lose what their group size loses at 4 bits."""
+    groups = [g for g in AFFINE_GROUP_SIZES if K % g == 0]
+    base = _BASE_GROUP if _BASE_GROUP in groups else groups[-1]
+    four = costs[QuantSpec(4, base)]
+    out = {}
+    for bits in _BITS:
+        for g in groups:
+            ratio = costs[QuantSpec(4, g)] / four if four else 1.0
+            out[QuantSpec(bits, g)] = costs[QuantSpec(bits, base)] * ratio
+    return out
+
+
+def _squares(errors: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """`e H e` of each row, float64."""
+    return np.einsum("nk,nk->n", errors @ hessian, errors, dtype=np.float64)
