@@ -59,8 +59,8 @@ constant constexpr int QMM_CHAIN = 256;
 
 /// Removes the first eight codes of a run.
 template <int bits, int n_words>
-MLXQ_FUNC void affine_drop8(thread uint* w) {
-  constexpr int words = bits / 4;
+MLXQ_FUNC void affine_drop8(thread typename affine_piece<bits>::type* w) {
+  constexpr int words = bits / int(sizeof(typename affine_piece<bits>::type));
   constexpr int shift = bits * 8 % 32;
   MLXQ_UNROLL
   for (int i = 0; i < n_words; i++) {
@@ -136,7 +136,7 @@ MLXQ_FUNC void affine_qmm_t_tile(
     uint simd_group,
     uint lane) {
   constexpr int run = affine_qmm_run<bits, K>();
-  constexpr int n_words = affine_words<bits, run>();
+  constexpr int n_pieces = affine_pieces<bits, run>();
   constexpr int depth = QMM_DEPTH / 8;
   constexpr int m_fragments = QMM_TILE_M / 8;
   constexpr int n_fragments = QMM_TILE_N / 8 / QMM_SIMD_GROUPS;
@@ -167,7 +167,7 @@ MLXQ_FUNC void affine_qmm_t_tile(
   for (int block = 0; block < K; block += 8 * run) {
     const int k = block + slot * run;
     const bool inside = K % (8 * run) == 0 || k < K;
-    uint codes[n_fragments][2][n_words] = {};
+    typename affine_piece<bits>::type codes[n_fragments][2][n_pieces] = {};
     float scale[n_fragments][2] = {};
     float bias[n_fragments][2] = {};
     if (inside) {
@@ -175,7 +175,7 @@ MLXQ_FUNC void affine_qmm_t_tile(
       for (int n = 0; n < n_fragments; n++) {
         MLXQ_UNROLL
         for (int e = 0; e < 2; e++) {
-          load_words<n_words>(from[n][e], codes[n][e]);
+          affine_load<bits, run>(from[n][e], codes[n][e]);
           from[n][e] += 8 * run * bits / 32;
         }
       }
@@ -223,8 +223,8 @@ MLXQ_FUNC void affine_qmm_t_tile(
         x_from += 64;
         MLXQ_UNROLL
         for (int n = 0; n < n_fragments; n++) {
-          affine_drop8<bits, n_words>(codes[n][0]);
-          affine_drop8<bits, n_words>(codes[n][1]);
+          affine_drop8<bits, n_pieces>(codes[n][0]);
+          affine_drop8<bits, n_pieces>(codes[n][1]);
         }
       }
     }

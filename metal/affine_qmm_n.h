@@ -15,9 +15,9 @@ constant constexpr int QMM_N_STRIDE = QMM_N_DEPTH + 8;
 
 /// Sixteen codes from the half word where they begin; half words where they fill no words.
 template <int bits>
-MLXQ_FUNC void affine_load16(const device ushort* from, thread uint* codes) {
+MLXQ_FUNC void affine_load16(const device ushort* from, thread typename affine_piece<bits>::type* codes) {
   if constexpr (bits % 2 == 0) {
-    load_words<bits / 2>((const device uint*)from, codes);
+    affine_load<bits, 16>((const device uint*)from, codes);
   } else {
     MLXQ_UNROLL
     for (int i = 0; i < bits; i += 2) {
@@ -101,8 +101,9 @@ MLXQ_FUNC void affine_qmm_n(
       affine_qmm_n_load_x<X, N>(x, rows, start, tile, int(simd_group * SIMD_LANES + lane));
       threadgroup_barrier(mem_flags::mem_threadgroup);
       const int depth = N % QMM_N_DEPTH == 0 ? QMM_N_DEPTH : min(QMM_N_DEPTH, last - start);
+      _Pragma("clang loop unroll_count(2)")
       for (int n = 0; n < depth; n += 8) {
-        uint codes[(bits + 1) / 2] = {};
+        typename affine_piece<bits>::type codes[bits == 8 ? 8 : (bits + 1) / 2] = {};
         float scale = 0.0f;
         float bias = 0.0f;
         if (inside && (N % 8 == 0 || n + row < depth)) {

@@ -55,7 +55,6 @@ template <int group_size, int bits, int K, int M, int rows, typename Rows, typen
 MLXQ_FUNC void affine_qmv_step(const thread Rows& weights, P x, thread float* sums) {
   constexpr int run = affine_qmv_run<bits>();
   constexpr int chunk = run < group_size ? run : group_size;
-  constexpr int n_words = affine_words<bits, run>();
   float v[M][run];
   float totals[M][run / chunk];
   MLXQ_UNROLL
@@ -76,8 +75,8 @@ MLXQ_FUNC void affine_qmv_step(const thread Rows& weights, P x, thread float* su
   }
   MLXQ_UNROLL
   for (int r = 0; r < rows; r++) {
-    uint codes[n_words];
-    load_words<n_words>(weights.words(r), codes);
+    typename affine_piece<bits>::type codes[affine_pieces<bits, run>()];
+    affine_load<bits, run>(weights.words(r), codes);
     MLXQ_UNROLL
     for (int c = 0; c < run / chunk; c++) {
       float dots[M] = {};
@@ -103,12 +102,11 @@ MLXQ_FUNC void affine_qmv_step(const thread Rows& weights, P x, thread float* su
 template <int group_size, int bits, int K, int M, int rows, typename Rows, typename P>
 MLXQ_FUNC void affine_qmv_rows_step(const thread Rows& weights, P x, thread float* sums) {
   constexpr int run = affine_qmv_run<bits>();
-  constexpr int n_words = affine_words<bits, run>();
   constexpr int per_group = run < group_size ? run : group_size;
-  uint codes[rows][n_words];
+  typename affine_piece<bits>::type codes[rows][affine_pieces<bits, run>()];
   MLXQ_UNROLL
   for (int r = 0; r < rows; r++) {
-    load_words<n_words>(weights.words(r), codes[r]);
+    affine_load<bits, run>(weights.words(r), codes[r]);
   }
   float scale[rows], bias[rows];
   MLXQ_UNROLL

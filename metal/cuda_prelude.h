@@ -54,6 +54,7 @@ MLXQ_FUNC vec<uint, 2> operator|(vec<uint, 2> a, vec<uint, 2> b) {
 }
 
 #define ushort2 vec<ushort, 2>
+#define ushort4 vec<ushort, 4>
 #define uint2 vec<uint, 2>
 #define uint3 vec<uint, 3>
 #define uint4 vec<uint, 4>

@@ -120,14 +120,24 @@ def test_tiles_take_no_more_than_mlx(counted, bits, transpose, K):
     check_beside_mlx(own, mlx_kernels.product(function, x, weights, bits, 64))
 
 
+@pytest.mark.parametrize("bits", [8, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("transpose", [True, False])
-def test_tiles_in_float32_take_no_more_than_mlx(counted, transpose):
+def test_tiles_in_float32_take_no_more_than_mlx(counted, transpose, bits):
+    """mlx's kernels load 8-bit codes byte by byte, and so cut out nothing: the least arithmetic beside ours."""
     N, K = (64, 512) if transpose else (512, 256)
-    weights = affine_cases.packed((N, K), 4, 64, mx.float32)
+    weights = affine_cases.packed((N, K), bits, 64, mx.float32)
     x = affine_cases.normal((32, K if transpose else N), mx.float32)
-    own = counted(metal_backend.quantized_matmul, x, *weights, transpose, 4, 64)
+    own = counted(metal_backend.quantized_matmul, x, *weights, transpose, bits, 64)
     function = "affine_qmm_t" if transpose else "affine_qmm_n"
-    check_beside_mlx(own, mlx_kernels.product(function, x, weights, 4, 64))
+    check_beside_mlx(own, mlx_kernels.product(function, x, weights, bits, 64))
+
+
+def test_two_rows_in_float32_take_no_more_than_mlx(counted):
+    weights = affine_cases.packed((16, 4096), 8, 64, mx.float32)
+    x = affine_cases.normal((2, 4096), mx.float32)
+    own = counted(metal_backend.quantized_matmul, x, *weights, True, 8, 64)
+    for function in ("affine_qmv_fast", "affine_qmv_wide"):
+        check_beside_mlx(own, mlx_kernels.product(function, x, weights, 8, 64))
 
 
 @pytest.mark.parametrize("bits", BITS)
