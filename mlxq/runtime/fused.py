@@ -22,7 +22,8 @@ from mlxq.architectures.registry import import_private
 from mlxq.ops.dispatch import asked, call_on, choose
 from mlxq.ops.fused import MAX_ROWS, BlockWeights, PackedWeights, Weights
 from mlxq.runtime import attention
-from mlxq.runtime.layers import BlockLinear, QuantizedLinear
+from mlxq.runtime.block_layers import BlockLinear
+from mlxq.runtime.layers import QuantizedLinear
 
 _activations = import_private("models.activations")
 

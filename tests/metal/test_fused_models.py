@@ -128,6 +128,14 @@ def test_what_was_computed_for_the_others_is_given_to_the_same_x_only(gpu, tmp_p
         assert attention.q_proj.group._held is None
 
 
+def test_a_chip_whose_joined_kernels_are_wrong_computes_each_product_alone(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(kernel_check, "agrees", lambda case, run, instead: not isinstance(case, fused_cases.FusedCase))
+    with mlxq.load(write(tmp_path / "m.gguf", "Q4_K", tied=True)) as model:
+        model.module(mx.array([PROMPT[:1]]))
+        if not gpu.real:
+            assert {n.split("_q4_k")[0] for n in names(gpu)} == {"ggml_dequantize", "ggml_qmv"}
+
+
 def test_on_the_cpu_nothing_is_joined(tmp_path):
     with mlxq.load(write(tmp_path / "m.gguf", "Q6_K")) as model:
         assert not any(isinstance(m, fused._Gated | fused._Member) for m in model.module.modules())

@@ -85,7 +85,7 @@ def test_gate_and_up_in_blocks(metal, name):
     assert in_one_launch(metal, f"ggml_qmv_gated_silu_{name.lower()}")
 
 
-@pytest.mark.parametrize(("activation", "dtype"), zip(FUNCTIONS, DTYPES, strict=True))
+@pytest.mark.parametrize(("activation", "dtype"), list(zip(FUNCTIONS, DTYPES, strict=True)))
 def test_activations_and_dtypes(metal, activation, dtype):
     check_gated(blocks("Q4_K", 37, 512, 1), blocks("Q4_K", 37, 512, 2), 1, dtype, activation)
     check_gated(packed(4, 64, dtype, 37, 512, 1), packed(4, 64, dtype, 37, 512, 2), 1, dtype, activation)
@@ -125,7 +125,7 @@ def test_products_of_several_types_and_grids(metal, M):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("at", "name"), enumerate(METAL_TYPES))
+@pytest.mark.parametrize(("at", "name"), list(enumerate(METAL_TYPES)))
 def test_every_type_of_blocks(metal, at, name):
     """Each with one row and with another number of them; dtypes, shapes, functions and lane orders in turn."""
     size = block_format(name).block_size
