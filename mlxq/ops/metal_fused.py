@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlxq.ops.metal_affine import SIMD, blocks_of
 from mlxq.ops.metal_blocks import piece, qmv_rows, steps_of
-from mlxq.ops.metal_source import at_device, kernel, kernel_name
+from mlxq.ops.metal_source import at_device, check_sizes, kernel, kernel_name
 
 #: mlx.nn's name of an activation -> its struct in `metal/activations.h`.
 ACTIVATIONS = {"silu": "Silu", "gelu_approx": "GeluApprox", "gelu": "Gelu"}
@@ -163,6 +163,8 @@ def _launch(
     threadgroups: int,
     results: list[tuple[tuple[int, int], mx.Dtype]],
 ) -> list[mx.array]:
+    # Every output is counted as if all were of one matrix.
+    check_sizes(name, sum(shape[1] for shape, _ in results), K=x.shape[1])
     inputs = {"x": x, **weights}
     if g_idx is not None:
         inputs["g_idx"] = g_idx

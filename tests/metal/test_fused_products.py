@@ -12,6 +12,7 @@ from affine_cases import DTYPES, TOLERANCES
 from random_blocks import random_blocks
 
 from mlxq import ops
+from mlxq.errors import BackendError
 from mlxq.formats import ggml
 from mlxq.formats.geometry import AFFINE_BITS, block_format
 from mlxq.ops.metal_blocks import METAL_TYPES
@@ -213,3 +214,10 @@ def test_more_rows_and_different_types_are_computed_apart(metal):
     if not metal.real:
         names = [n.split("_float32")[0] for n, _ in metal.launches]
         assert names == ["ggml_qmv_q4_k", "ggml_qmv_q6_k", "ggml_qmm_q4_k", "ggml_qmm_q4_k"]
+
+
+def test_sizes_that_a_launch_cannot_count_are_refused(metal):
+    huge = mx.broadcast_to(mx.zeros((1, 18), mx.uint8), ((1 << 27) + 1, 18))
+    with pytest.raises(BackendError, match="rows of weights"):
+        ops.projections(mx.zeros((1, 32)), [ops.BlockWeights(huge, "Q4_0")], **METAL)
+    assert not metal.launches
