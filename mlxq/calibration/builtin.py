@@ -31,19 +31,28 @@ def groups() -> dict[str, list[tuple[str, str]]]:
 
 @cache
 def documents() -> tuple[Document, ...]:
-    """All documents, a blank line after each, the domains interleaved in proportion to their length.
+    """All documents, a blank line after each: groups, and in a group its domains, in proportion to their size."""
+    found: dict[str, list[Document]] = {}
+    for group, pairs in groups().items():
+        by_domain: dict[str, list[Document]] = {}
+        for domain, body in pairs:
+            document = Document(domain, f"{body}\n\n", f"{body}\n\n".encode())
+            by_domain.setdefault(domain, []).append(document)
+        found[group] = _interleaved(list(by_domain.values()))
+    return tuple(_interleaved(list(found.values())))
 
-    Each document has a place between 0 and 1: where it lies in the text of its domain. A domain's phase says where in
-    a document its place is, so that those of domains with one document are spread too.
+
+def _interleaved(sets: list[list[Document]]) -> list[Document]:
+    """Documents of all sets, each set in its order and spread over the whole.
+
+    A document's place is between 0 and 1: where it lies in the text of its set. A set's phase says where in a document
+    its place is, so that sets of one document are spread too.
     """
-    by_domain: dict[str, list[str]] = {}
-    for domain, body in (d for group in groups().values() for d in group):
-        by_domain.setdefault(domain, []).append(f"{body}\n\n")
     placed = []
-    for number, (domain, bodies) in enumerate(by_domain.items(), 1):
-        total, before = sum(map(len, bodies)), 0
-        for body in bodies:
-            place = (before + number * _GOLDEN % 1 * len(body)) / total
-            placed.append((place, number, Document(domain, body, body.encode())))
-            before += len(body)
-    return tuple(document for _, _, document in sorted(placed, key=lambda p: p[:2]))
+    for number, documents in enumerate(sets, 1):
+        total, before = sum(len(d.raw) for d in documents), 0
+        for document in documents:
+            place = (before + number * _GOLDEN % 1 * len(document.raw)) / total
+            placed.append((place, number, document))
+            before += len(document.raw)
+    return [document for _, _, document in sorted(placed, key=lambda p: p[:2])]
