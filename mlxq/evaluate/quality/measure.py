@@ -87,7 +87,7 @@ def evaluate_models(
         steps = _Steps(progress, cancel or CancelToken(), windows)
         session = _Session(windows, tokenizer, steps, None if base is None else ParameterMap(base))
         maps = [ParameterMap(c) for c in opened]
-        steps.expect([*maps, *([session.reference] if base else [])])
+        steps.expect(maps, session.reference)
         if base is not None:
             stack.enter_context(session.run_reference(cache, use_cache))
         measured = [session.measure(str(name), m) for name, m in zip(models, maps, strict=True)]
@@ -147,8 +147,10 @@ class _Steps:
         self._done = 0.0
         self._total = 0.0
 
-    def expect(self, maps: Sequence[ParameterMap]) -> None:
-        self._total = float(sum(self.blocks(m) + _HEAD for m in maps))
+    def expect(self, models: Sequence[ParameterMap], reference: ParameterMap | None) -> None:
+        """The models that will be run: their blocks and heads. The reference's head runs beside theirs."""
+        self._total = float(sum(self.blocks(m) + _HEAD for m in models))
+        self._total += self.blocks(reference) if reference else 0
 
     def blocks(self, parameters: ParameterMap) -> int:
         config = parameters.checkpoint.config

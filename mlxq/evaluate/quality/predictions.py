@@ -19,8 +19,10 @@ from mlxq.errors import EvaluationError
 from mlxq.evaluate.quality.text import Windows
 from mlxq.runtime.blocks import StreamedModel
 
-#: Bytes of the widest activation of a block, for the sequences that go through it together.
-_PASS_BYTES = 512 << 20
+#: Bytes of the widest activation of a block, for the sequences that go through it together, and their tokens: progress
+#: and Ctrl-C wait for a block.
+_PASS_BYTES = 256 << 20
+_PASS_TOKENS = 8192
 #: Rows whose hidden states are compared after every block: evenly spaced among those that are scored.
 _SAMPLE = 128
 
@@ -123,7 +125,7 @@ def passes(config: dict[str, Any], windows: Windows) -> list[tuple[int, int]]:
     sizes = [text.get(name) for name in ("intermediate_size", "hidden_size", "n_embd", "d_model")]
     widest = max([size for size in sizes if isinstance(size, int)], default=4096)
     length = int(windows.lengths.max())
-    step = max(_PASS_BYTES // (4 * widest * length), 1)
+    step = max(min(_PASS_BYTES // (4 * widest), _PASS_TOKENS) // length, 1)
     n = len(windows.sequences)
     return [(i, min(i + step, n)) for i in range(0, n, step)]
 

@@ -179,24 +179,36 @@ def _read(path: Path, nbytes: int, from_end: bool) -> str:
             raw = f.read(nbytes)
     except OSError as e:
         raise EvaluationError(f"cannot read {path}: {e.strerror or e}") from e
-    if from_end and first:
-        cut = raw.find(b"\n") + 1
-        raw, first = raw[cut:], first + cut
-    elif not from_end and len(raw) < size:
-        raw = raw[: raw.rfind(b"\n") + 1 or len(raw)]
+    if len(raw) < size:
+        cut = _whole(raw, from_end)
+        first += cut.start
+        raw = raw[cut]
     if first == 0:
         raw = raw.removeprefix(_BOM)
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as e:
-        if 0 < len(raw) - e.start < 4 and len(raw) < size and not from_end and e.reason == "unexpected end of data":
-            return raw[: e.start].decode("utf-8")
         raise EvaluationError(
             f"{path}: is not UTF-8 text: byte {first + e.start} is {raw[e.start]:#04x}; save it as UTF-8"
         ) from None
     if not text.strip():
         raise EvaluationError(f"{path}: the text is empty: nothing but white space")
     return text
+
+
+def _whole(raw: bytes, from_end: bool) -> slice:
+    """A piece of a text less the line that it was cut in, or the character where it has one line alone."""
+    if from_end:
+        line = raw.find(b"\n") + 1
+        return slice(line or next((i for i in range(3) if not _continues(raw, i)), 3), len(raw))
+    line = raw.rfind(b"\n") + 1
+    start = next((i for i in range(len(raw) - 1, max(len(raw) - 5, -1), -1) if not _continues(raw, i)), 0)
+    return slice(0, line or start)
+
+
+def _continues(raw: bytes, i: int) -> bool:
+    """Whether a byte is one of a character in UTF-8 but not its first."""
+    return raw[i] & 0xC0 == 0x80
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
