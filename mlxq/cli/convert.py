@@ -8,6 +8,8 @@ import typer
 
 from mlxq.api import DEFAULT_CONTEXT
 from mlxq.cli.options import (
+    BUDGET,
+    CALIBRATION,
     GGUF,
     PLAN,
     Context,
@@ -93,6 +95,69 @@ def convert(
         ),
     ] = None,
     exact: Exact = False,
+    method: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="rtn: round to nearest; search or gptq: by what a calibration text sends into each layer. "
+            "(default: rtn; gptq with a budget)",
+            show_default=False,
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    calib: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="Calibration text: a file of text or JSON lines, builtin, or self (the model writes it).",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = "builtin",
+    calib_sequences: Annotated[
+        int, typer.Option(min=1, help="Sequences of it that are read.", rich_help_panel=CALIBRATION)
+    ] = 128,
+    calib_length: Annotated[int, typer.Option(min=2, help="Tokens of each.", rich_help_panel=CALIBRATION)] = 512,
+    seed: Annotated[int, typer.Option(help="Of what is drawn.", rich_help_panel=CALIBRATION)] = 0,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Beyond it, such as 8GB, hidden states of the text wait in a temporary file.",
+            show_default=False,
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
+    target_bpw: Annotated[
+        float | None,
+        typer.Option(
+            metavar="BITS",
+            help="Bits per weight of the result, everything counted; each tensor's bits by what they cost.",
+            show_default=False,
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="The same as a size: 4.2GB.", show_default=False, rich_help_panel=BUDGET),
+    ] = None,
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Memory of the machine, such as 16GB, for weights and the cache of --context tokens.",
+            show_default=False,
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
+    costs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measured costs: read if it is there, else written, to be used again.",
+            show_default=False,
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
     type: Annotated[
         str | None,
         typer.Option(
@@ -141,6 +206,17 @@ def convert(
             dtype=dtype,
             imatrix=imatrix,
             exact=exact,
+            method=method,
+            calib=calib,
+            calib_sequences=calib_sequences,
+            calib_length=calib_length,
+            seed=seed,
+            max_memory=max_memory,
+            target_bpw=target_bpw,
+            target_size=target_size,
+            fit=fit,
+            context=context,
+            costs=costs,
             pre=pre,
             modelfile=modelfile,
             revision=revision,

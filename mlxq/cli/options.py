@@ -9,7 +9,7 @@ import typer
 Source = Annotated[str, typer.Argument(help="A model directory, a GGUF file, or a Hugging Face Hub id (org/name).")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub id.", rich_help_panel="Source")]
 
-PLAN, RUN, GGUF = "Plan", "Run", "GGUF files"
+PLAN, CALIBRATION, BUDGET, RUN, GGUF = "Plan", "Calibration", "Budget", "Run", "GGUF files"
 
 Exact = Annotated[
     bool,
@@ -33,7 +33,9 @@ DryRun = Annotated[
 ]
 Context = Annotated[
     int,
-    typer.Option(min=1, help="Context length, in tokens, for the dry run's memory estimate.", rich_help_panel=RUN),
+    typer.Option(
+        min=1, help="Context length, in tokens, for --fit and the dry run's memory estimate.", rich_help_panel=RUN
+    ),
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Skip the proof at the end.", rich_help_panel=RUN)]
 Overwrite = Annotated[

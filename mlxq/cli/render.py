@@ -25,6 +25,7 @@ _LABELS = {
     "prompt": "Reading the prompt",
     "generate": "Generating",
     "measure": "Measuring",
+    "calibrate": "Calibrating",
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-from mlxq.api import public
+from mlxq.api import DEFAULT_CONTEXT, public
 from mlxq.conversion.job import ConversionResult, Job
-from mlxq.conversion.request import GGUF_SUFFIX, GgufRequest, is_gguf
+from mlxq.conversion.request import GGUF_SUFFIX, BudgetRequest, CalibrationRequest, GgufRequest, is_gguf, size_in_bytes
 from mlxq.errors import PlanError
 from mlxq.plan.planner import Plan, PlanOptions
 from mlxq.types import CancelToken, ProgressCallback
@@ -29,6 +29,17 @@ def convert(
     dtype: str | None = None,
     imatrix: str | os.PathLike[str] | None = None,
     exact: bool = False,
+    method: str | None = None,
+    calib: str | os.PathLike[str] = "builtin",
+    calib_sequences: int = 128,
+    calib_length: int = 512,
+    seed: int = 0,
+    max_memory: str | None = None,
+    target_bpw: float | None = None,
+    target_size: str | None = None,
+    fit: str | None = None,
+    context: int = DEFAULT_CONTEXT,
+    costs: str | os.PathLike[str] | None = None,
     pre: str | None = None,
     modelfile: bool = False,
     revision: str | None = None,
@@ -58,6 +69,18 @@ def convert(
         imatrix: file of an importance matrix that weights the errors of a GGUF file's tensors, or of the portable
             recipe's.
         exact: refuse whatever would change a decoded weight.
+        method: how codes are chosen: `rtn` (round to nearest, the default), or by what a calibration text sends into
+            each layer: `search` (scale and bias of each group) or `gptq` (searched grids with error feedback; the
+            default with a budget).
+        calib: calibration text: `builtin`, `self` (the model writes it), or a file of text or JSON lines.
+        calib_sequences, calib_length: how much of it is read, and in sequences of how many tokens.
+        seed: of what is drawn: the model's own text, and the tokens that sensitivities are measured with.
+        max_memory: such as `8GB`: beyond it, hidden states of the text wait in a temporary file.
+        target_bpw, target_size, fit: a budget, one of the three: bits per weight, a size such as `4.2GB`, or the
+            memory of the machine that has to hold weights and a cache of `context` tokens. Each tensor's bits and
+            group are chosen by what they cost the model's predictions.
+        context: tokens, for `fit`.
+        costs: file of the measured costs: read if it is there, else written, to be used again.
         pre: llama.cpp's name for how the tokenizer splits text, where it cannot be found out.
         modelfile: write a `Modelfile` for Ollama beside the GGUF file.
         revision: branch, tag or commit of a Hub id.
@@ -74,17 +97,28 @@ def convert(
     Raises:
         MlxqError: a subclass for each stage; nothing is left at `output` then.
     """
+    budget = BudgetRequest(target_bpw, target_size, fit, context, costs)
+    if budget and method is None:
+        method = "gptq"
+    calibration = CalibrationRequest(
+        os.fspath(calib),
+        calib_sequences,
+        calib_length,
+        seed,
+        max_memory=size_in_bytes(max_memory) if max_memory else None,
+    )
     outputs = list(output) or [None] if isinstance(output, (list, tuple)) else [output]
     job = Job(source, outputs[0], revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
     if len(outputs) > 1:
-        _refuse({"--type": type}, "a GGUF file alone; the portable recipe takes --bits")
-        options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact)
+        _refuse({"--type": type, "--method": method}, "a GGUF file alone; the portable recipe takes --bits")
+        options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact, method)
         request = GgufRequest(exact=True, pre=pre, modelfile=modelfile, as_stored=True)
         from mlxq.conversion.to_both import to_both
 
         return to_both(job, outputs, options, request, imatrix)
     of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
+    of_mlx |= {"--method": method, "--target-bpw": target_bpw, "--target-size": target_size, "--fit": fit}
     given = next((name for name, value in of_gguf.items() if value is not None), None)
     if is_gguf(job.output) or (job.output is None and given):
         if recipe == "portable":
@@ -96,10 +130,10 @@ def convert(
     if recipe == "portable":
         del of_gguf["--imatrix"]
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")
-    options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact)
+    options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact, method)
     from mlxq.conversion.to_mlx import to_mlx
 
-    return to_mlx(job, options, imatrix)
+    return to_mlx(job, options, imatrix, calibration, budget)
 
 
 @public

@@ -262,19 +262,17 @@ def is_needed(plan: Plan) -> bool:
     return any(p.method in METHODS and p.spec is not None and p.action != "repack" for p in plan.tensors)
 
 
-def calibrate(
-    job: Job, output: Path, parameters: ParameterMap, plan: Plan, request: CalibrationRequest
-) -> tuple[CodeStore, list[str]]:
-    """Codes of every tensor that the plan gives to a calibrated method, and notes on how they came about.
+def read_text(job: Job, parameters: ParameterMap, request: CalibrationRequest) -> CalibrationText:
+    """The token sequences to calibrate on.
 
     Raises:
-        CalibrationError: the text is unfit, or activations overflow.
+        CalibrationError: the text is unfit.
     """
     from mlxq.calibration.texts import calibration_sequences
     from mlxq.runtime.tokenizer import load_tokenizer
 
     config = parameters.checkpoint.config
-    text = calibration_sequences(
+    return calibration_sequences(
         load_tokenizer(parameters.checkpoint),
         request.source,
         n_sequences=request.n_sequences,
@@ -283,6 +281,16 @@ def calibrate(
         seed=request.seed,
         progress=job.progress,
     )
+
+
+def calibrate(
+    job: Job, output: Path, parameters: ParameterMap, plan: Plan, text: CalibrationText, request: CalibrationRequest
+) -> tuple[CodeStore, list[str]]:
+    """Codes of every tensor that the plan gives to a calibrated method, and notes on how they came about.
+
+    Raises:
+        CalibrationError: activations overflow.
+    """
     store = CodeStore(output, store_key(parameters, plan, text, request))
     run = Calibration(parameters, plan, text, request, store, job.progress, job.cancel)
     run.run()

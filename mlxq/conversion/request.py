@@ -1,13 +1,17 @@
-"""What can be asked for of a GGUF file, and how it and what stands beside it are named."""
+"""What can be asked for of a conversion, and how a GGUF file and what stands beside it are named."""
 
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from mlxq.errors import PlanError
+
 GGUF_SUFFIX = ".gguf"
 MODELFILE = "Modelfile"
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,24 @@ class CalibrationRequest:
     seed: int = 0
     sweeps: int = 1
     max_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class BudgetRequest:
+    """How large the result may be.
+
+    `bpw` are bits per weight, `size` is such as `4.2GB`, `memory` that of a machine that must hold weights, a cache of
+    `context` tokens and room for the rest. `costs` is a file of measured costs, read if it is there, else written.
+    """
+
+    bpw: float | None = None
+    size: str | None = None
+    memory: str | None = None
+    context: int = 4096
+    costs: str | os.PathLike[str] | None = None
+
+    def __bool__(self) -> bool:
+        return any(v is not None for v in (self.bpw, self.size, self.memory))
 
 
 @dataclass(frozen=True)
@@ -50,3 +72,17 @@ def is_gguf(output: str | os.PathLike[str] | None) -> bool:
 def manifest_name(path: Path) -> str:
     """Name of the manifest beside a GGUF file."""
     return f"{path.stem}.mlxq.json"
+
+
+def size_in_bytes(text: str) -> int:
+    """Bytes of such as `4.2GB`, `4.2G` or `512MB` (powers of 1000), `4GiB` (powers of 1024).
+
+    Raises:
+        PlanError: it is no size.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
+        raise PlanError(f"{text!r} is no size: write 4.2GB, 512MB or 16GiB")
+    unit = match[2].lower()
+    scale = 1024 ** "kmgt".index(unit) * 1024 if match[3] else _UNITS[unit]
+    return int(float(match[1]) * scale)

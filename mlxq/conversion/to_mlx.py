@@ -12,12 +12,13 @@ from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.conversion.code_store import CodeStore
+from mlxq.conversion.budget import within_budget
+from mlxq.conversion.calibrated import calibrate, is_needed, read_text
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
-from mlxq.conversion.request import CalibrationRequest
+from mlxq.conversion.request import BudgetRequest, CalibrationRequest
 from mlxq.errors import CheckpointError
-from mlxq.plan.planner import Plan, PlanOptions, make_plan
+from mlxq.plan.planner import PlanOptions, make_plan
 from mlxq.writers import mlx as mlx_writer
 from mlxq.writers.laid_out import sha256
 from mlxq.writers.manifest import NAME as MANIFEST
@@ -31,12 +32,14 @@ def to_mlx(
     job: Job,
     options: PlanOptions,
     imatrix: str | os.PathLike[str] | None = None,
-    calibration: CalibrationRequest | None = None,
+    calibration: CalibrationRequest = CalibrationRequest(),  # noqa: B008
+    budget: BudgetRequest = BudgetRequest(),  # noqa: B008
     before_commit: Callable[[Path, dict[str, Any]], None] = lambda staged, source: None,
 ) -> ConversionResult:
     """Plan, write and prove an MLX directory; see `mlxq.convert`.
 
-    `imatrix` weights the errors of the portable recipe; `calibration` is for methods that read a text.
+    `imatrix` weights the errors of the portable recipe; `calibration` is for methods that read a text, `budget`
+    for bits chosen by measurement.
     `before_commit` is called with the stage and what the manifest says of the source, when all is staged.
     """
     stage = None if job.dry_run else OutputDirectory(job.path, overwrite=job.overwrite)
@@ -53,6 +56,11 @@ def to_mlx(
             dropped=parameters.dropped,
             model_dtype=checkpoint.config.get("torch_dtype"),
         )
+        text = None
+        if budget or is_needed(plan):
+            text = read_text(job, parameters, calibration)
+        if budget:
+            plan = within_budget(job, parameters, plan, text, budget)
         names = gguf_names(parameters) if importance else {}
         without = check_importance(importance, plan.tensors, names)
         if job.on_plan:
@@ -64,7 +72,9 @@ def to_mlx(
             raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
         stage.check_space(plan.nbytes + OTHER_FILES)
         weighting = Weighting(importance, {name: mapped.name for name, mapped in names.items()})
-        codes, calibrated = _calibrate(job, stage.path, parameters, plan, calibration)
+        codes, calibrated = None, list[str]()
+        if is_needed(plan):
+            codes, calibrated = calibrate(job, stage.path, parameters, plan, text, calibration)
         target = mlx_writer.MlxTarget(parameters, plan, weighting, codes)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage:
@@ -80,7 +90,7 @@ def to_mlx(
                 MANIFEST,
                 manifest_json(
                     source=described,
-                    options=dataclasses.asdict(options) | ({"imatrix": Path(imatrix).name} if imatrix else {}),
+                    options=_options(options, imatrix, calibration if codes else None, budget),
                     plan=plan,
                     files=dict(sorted(files.items())),
                     verification=verification.to_dict() if verification else None,
@@ -95,12 +105,18 @@ def to_mlx(
         return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))
 
 
-def _calibrate(
-    job: Job, output: Path, parameters: ParameterMap, plan: Plan, request: CalibrationRequest | None
-) -> tuple[CodeStore | None, list[str]]:
-    """The codes that a calibration text leads to, and notes; None where no tensor needs one."""
-    from mlxq.conversion import calibrated
-
-    if not calibrated.is_needed(plan):
-        return None, []
-    return calibrated.calibrate(job, output, parameters, plan, request or CalibrationRequest())
+def _options(
+    options: PlanOptions,
+    imatrix: str | os.PathLike[str] | None,
+    calibration: CalibrationRequest | None,
+    budget: BudgetRequest,
+) -> dict[str, Any]:
+    """What was asked for, as the manifest says it: file names without their places."""
+    out = dataclasses.asdict(options)
+    if imatrix:
+        out["imatrix"] = Path(imatrix).name
+    if calibration is not None:
+        out["calibration"] = dataclasses.asdict(calibration) | {"source": Path(calibration.source).name}
+    if budget:
+        out["budget"] = {k: v for k, v in dataclasses.asdict(budget).items() if v is not None and k != "costs"}
+    return out
