@@ -15,6 +15,9 @@ R = TypeVar("R")
 DEFAULT_MAX_TOKENS = 512
 #: Tokens of context for estimates of memory, unless the caller says otherwise or the model takes fewer.
 DEFAULT_CONTEXT = 4096
+#: Sequences of a text that models are measured on, and their tokens, unless the caller says otherwise.
+DEFAULT_SEQUENCES = 12
+DEFAULT_LENGTH = 512
 
 
 def public(function: Callable[P, R]) -> Callable[P, R]:

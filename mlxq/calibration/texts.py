@@ -87,7 +87,7 @@ def calibration_sequences(
         raise CalibrationError(
             f"calibration needs at least 1 sequence of 2 tokens; {n_sequences} of {length} tokens are asked for"
         )
-    packer = _Packer(_start_tokens(tokenizer), n_sequences, length, vocab_size)
+    packer = _Packer(start_tokens(tokenizer), n_sequences, length, vocab_size)
     if packer.room < 1:
         raise CalibrationError(f"a sequence of {length} tokens has no room for text after {packer.start} at its start")
     if source == SELF:
@@ -95,20 +95,20 @@ def calibration_sequences(
     digest = hashlib.sha256()
     for text in builtin.documents() if source == BUILTIN else text_files.documents(source, tokenizer):
         digest.update(text.raw)
-        packer.add(text.domain, _encode(tokenizer, text.content) if isinstance(text.content, str) else text.content)
+        packer.add(text.domain, encode(tokenizer, text.content) if isinstance(text.content, str) else text.content)
         if packer.full:
             break
     return packer.result(str(source), Path(source).name, digest.hexdigest())
 
 
-def _encode(tokenizer: Any, text: str) -> list[int]:
+def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text without what the tokenizer puts around it."""
     return tokenizer.encode(text, add_special_tokens=False)
 
 
-def _start_tokens(tokenizer: Any) -> list[int]:
+def start_tokens(tokenizer: Any) -> list[int]:
     """What the tokenizer puts before a text: most have one start token or none, some have two."""
-    plain, whole = _encode(tokenizer, "a"), list(tokenizer.encode("a"))
+    plain, whole = encode(tokenizer, "a"), list(tokenizer.encode("a"))
     for i in range(len(whole) - len(plain) + 1):
         if whole[i : i + len(plain)] == list(plain):
             return [int(t) for t in whole[:i]]
@@ -188,7 +188,7 @@ def _own_text(
     first token alone, from the vocabulary: here the beginnings decide how much of which language is written)."""
     if generate is None:
         raise CalibrationError("calibration on the model's own text needs a model that can generate: pass `generate`")
-    beginnings = [packer.start + _encode(tokenizer, text.content)[:_PROMPT] for text in builtin.documents()]
+    beginnings = [packer.start + encode(tokenizer, text.content)[:_PROMPT] for text in builtin.documents()]
     prompts = [p for p in beginnings if 0 < len(p) < packer.length]
     if not prompts:
         raise CalibrationError("the tokenizer makes no usable prompt of the built-in text")

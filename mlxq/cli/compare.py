@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from mlxq.api import DEFAULT_LENGTH, DEFAULT_SEQUENCES
 from mlxq.cli import eval_options as o
 
 #: Columns where there is no terminal to fit.
@@ -19,8 +20,8 @@ def compare(
     ],
     reference: o.Reference = None,
     text: o.Text = None,
-    sequences: o.Sequences = 12,
-    length: o.Length = 512,
+    sequences: o.Sequences = DEFAULT_SEQUENCES,
+    length: o.Length = DEFAULT_LENGTH,
     from_end: o.FromEnd = False,
     score: o.Scored = "second-half",
     cache: o.Cache = None,

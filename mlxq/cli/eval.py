@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from mlxq.api import DEFAULT_LENGTH, DEFAULT_SEQUENCES
 from mlxq.cli import eval_options as o
 from mlxq.cli.options import Source
 
@@ -12,8 +13,8 @@ def evaluate(
     model: Source,
     reference: o.Reference = None,
     text: o.Text = None,
-    sequences: o.Sequences = 12,
-    length: o.Length = 512,
+    sequences: o.Sequences = DEFAULT_SEQUENCES,
+    length: o.Length = DEFAULT_LENGTH,
     from_end: o.FromEnd = False,
     score: o.Scored = "second-half",
     cache: o.Cache = None,

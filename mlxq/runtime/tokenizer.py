@@ -14,6 +14,8 @@ from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.errors import CheckpointError, GenerationError
 
 Messages = Sequence[dict[str, Any]]
+#: What transformers would say, once, of a text that is longer than the model's context: such texts are cut later.
+_TOO_LONG = "sequence-length-is-longer-than-the-specified-maximum"
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
@@ -41,7 +43,9 @@ def _from_directory(directory: Path, shown: Path) -> Any:
     try:
         tokenizer_class = _auto_tokenizer()
         with _silent():
-            return tokenizer_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            tokenizer = tokenizer_class.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer.deprecation_warnings[_TOO_LONG] = True
+        return tokenizer
     except Exception as e:  # transformers and tokenizers raise nearly anything for a damaged file
         what = " ".join(str(e).split()) or type(e).__name__
         if type(e).__name__.startswith("StrictDataclass"):

@@ -24,6 +24,9 @@ SHORT = ("--sequences", "3", "--length", "24")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("models")
     reference = tiny.make_model(root / "reference")
+    settings = reference / "tokenizer_config.json"
+    # transformers warns of longer texts, which are cut into sequences only afterwards.
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"model_max_length": 24}))
     made = {"reference": reference}
     for bits in (8, 3):
         made[f"q{bits}"] = root / f"q{bits}"
@@ -55,6 +58,8 @@ def test_compare_puts_all_in_one_table(models: dict[str, Path], tmp_path: Path) 
     assert f"Wrote {report}" in done.stdout
     text = report.read_text(encoding="utf-8")
     assert text.count("<circle") == 2
+    narrow = run(models, *arguments, COLUMNS="80")
+    assert "KL, 99 %" in narrow.stdout, "what is no terminal has no width"
 
 
 def test_json_is_pure(models: dict[str, Path], tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from mlxq.errors import OutputError
 from mlxq.evaluate.quality.chart import Point, block_chart, divergence_chart, marks
-from mlxq.evaluate.quality.page import check_place, page, short_names, write_page
+from mlxq.evaluate.quality.page import check_place, page, write_page
 from mlxq.evaluate.quality.results import Candidate, Evaluation, Flip, ModelQuality
 from mlxq.evaluate.quality.statistics import Estimate
+from mlxq.evaluate.quality.table import estimate, short_names
 
 HOSTILE = '</script><img src=x onerror="alert(1)"><!-- <script> & \u2028 \x00 \'"'
 
@@ -140,6 +141,21 @@ def test_long_names_are_numbered() -> None:
     assert marks(["a", "b"]) == ["a", "b"]
     assert marks(["a", "b" * 40]) == ["1", "2"]
     assert short_names(["x/a", "y/b", "z/b"]) == ["a", "y/b", "z/b"]
+
+
+@pytest.mark.parametrize(
+    ("value", "se", "shown"),
+    [
+        (0.0434567, 0.00123, "0.0435 ± 0.0012"),
+        (41.03, 2.4, "41.0 ± 2.4"),
+        (1234567.8, 4321.0, "1,234,568 ± 4,321"),
+        (0.0, 0.0, "0 ± 0"),
+        (0.5, None, "0.5"),
+        (math.inf, None, "not finite"),
+    ],
+)
+def test_figures_are_shown_to_the_digits_that_are_known(value: float, se: float | None, shown: str) -> None:
+    assert estimate(Estimate(value, se)) == shown
 
 
 def test_a_page_is_replaced_whole(tmp_path: Path) -> None:

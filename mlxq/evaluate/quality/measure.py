@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.api import public
+from mlxq.api import DEFAULT_LENGTH, DEFAULT_SEQUENCES, public
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import vocabulary_size
@@ -28,7 +28,7 @@ from mlxq.evaluate.quality.predictions import Predictions, passes, resumed, run
 from mlxq.evaluate.quality.reference_store import ReferenceStore
 from mlxq.evaluate.quality.results import Evaluation, ModelQuality
 from mlxq.evaluate.quality.scores import Scores, head_chunks, score_model, score_pair
-from mlxq.evaluate.quality.text import LENGTH, N_SEQUENCES, Score, TextOptions, Windows
+from mlxq.evaluate.quality.text import Score, TextOptions, Windows
 from mlxq.evaluate.quality.tokens import shared_windows
 from mlxq.types import CancelToken, Progress, ProgressCallback
 
@@ -42,8 +42,8 @@ def evaluate_models(
     *,
     reference: str | Path | None = None,
     text: str | Path | None = None,
-    sequences: int = N_SEQUENCES,
-    length: int = LENGTH,
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
     from_end: bool = False,
     score: Score = "second-half",
     cache: str | Path | None = None,
@@ -111,8 +111,8 @@ def evaluate_model(
     *,
     reference: str | Path | None = None,
     text: str | Path | None = None,
-    sequences: int = N_SEQUENCES,
-    length: int = LENGTH,
+    sequences: int = DEFAULT_SEQUENCES,
+    length: int = DEFAULT_LENGTH,
     from_end: bool = False,
     score: Score = "second-half",
     cache: str | Path | None = None,

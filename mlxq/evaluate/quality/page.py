@@ -19,7 +19,7 @@ from mlxq.errors import OutputError
 from mlxq.evaluate.quality.chart import Point, block_chart, divergence_chart, legend, marks
 from mlxq.evaluate.quality.results import Evaluation, ModelQuality
 from mlxq.evaluate.quality.statistics import Estimate
-from mlxq.evaluate.quality.table import estimate, heading, percent
+from mlxq.evaluate.quality.table import estimate, heading, percent, short_names
 from mlxq.writers.files import sync, writing
 
 _ENDINGS = (".html", ".htm")
@@ -82,12 +82,6 @@ def page(evaluation: Evaluation) -> str:
         + f'\n</main>\n<script type="application/json" id="data">{_data(evaluation, names)}</script>\n'
         f"<script>\n{script}</script>\n</body>\n</html>\n"
     )
-
-
-def short_names(models: Sequence[str]) -> list[str]:
-    """The last part of each path; the whole name where two would be the same."""
-    short = [Path(m).name or m for m in models]
-    return [s if short.count(s) == 1 else m for s, m in zip(short, models, strict=True)]
 
 
 def _title(evaluation: Evaluation) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlxq.evaluate.quality.results import Evaluation, ModelQuality
@@ -11,6 +13,8 @@ from mlxq.evaluate.quality.statistics import Estimate
 if TYPE_CHECKING:
     from rich.console import Console
 
+#: Columns of a terminal that hold every figure.
+_WIDE = 110
 _SCORED = {"second-half": "the second half of each", "all": "all but the first of each"}
 
 
@@ -43,19 +47,20 @@ def render_model(evaluation: Evaluation) -> str:
 
 
 def print_table(evaluation: Evaluation, console: Console) -> None:
-    """All models, one a line, the reference first."""
+    """All models, one a line, the reference first; on a narrow terminal without the columns that need not be there."""
     from rich.table import Table
 
     console.print(heading(evaluation))
+    rows = _rows(evaluation, wide=console.width >= _WIDE)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("model", overflow="fold")
-    against = evaluation.reference is not None
-    names = ["MB", "bpw", "perplexity", *(["KL mean", "KL median", "KL 99 %", "top-1 %"] if against else [])]
-    for name in names:
+    table.add_column(rows[0][0], overflow="fold", min_width=12)
+    for name in rows[0][1:]:
         table.add_column(name, justify="right", no_wrap=True)
-    for m in ([evaluation.reference] if against else []) + list(evaluation.models):
-        table.add_row(*_row(m, against, " (reference)" if m is evaluation.reference else ""))
+    for row in rows[1:]:
+        table.add_row(*row)
     console.print(table)
+    if evaluation.reference is not None and console.width < _WIDE:
+        console.print(f"Median and 99 % of KL stand in a terminal of {_WIDE} columns, and in --json")
     for m in evaluation.models:
         for note in m.notes:
             console.print(f"Note: {m.model}: {note}")
@@ -63,12 +68,29 @@ def print_table(evaluation: Evaluation, console: Console) -> None:
         console.print(f"Note: {note}")
 
 
-def _row(m: ModelQuality, against: bool, mark: str) -> list[str]:
-    cells = [m.model + mark, _megabytes(m), f"{m.bpw:.3f}", estimate(m.perplexity)]
-    if against:
-        cells += [estimate(e) if e else "" for e in (m.kl_mean, m.kl_median, m.kl_p99)]
-        cells.append(percent(m.agreement, "") if m.agreement else "")
-    return cells
+def short_names(models: Sequence[str]) -> list[str]:
+    """The last part of each path; the whole name where two would be the same."""
+    short = [Path(m).name or m for m in models]
+    return [s if short.count(s) == 1 else m for s, m in zip(short, models, strict=True)]
+
+
+def _rows(evaluation: Evaluation, wide: bool) -> list[list[str]]:
+    """Names of the columns, then the cells of each model."""
+    against = evaluation.reference is not None
+    tail = ["KL, median", "KL, 99 %"] if wide else []
+    rows = [["model", "MB", "bpw", "perplexity", *(["KL, mean", *tail, "top-1, %"] if against else [])]]
+    models = [*([evaluation.reference] if against else []), *evaluation.models]
+    names = [m.model for m in models] if wide else short_names([m.model for m in models])
+    for m, name in zip(models, names, strict=True):
+        mark = " (reference)" if m is evaluation.reference else ""
+        cells = [name + mark, _megabytes(m), f"{m.bpw:.3f}", estimate(m.perplexity)]
+        if against and m.agreement is None:
+            cells += [""] * (2 + len(tail))
+        elif against:
+            shown = [m.kl_mean, *([m.kl_median, m.kl_p99] if wide else [])]
+            cells += [*map(estimate, shown), percent(m.agreement, "")]
+        rows.append(cells)
+    return rows
 
 
 def estimate(e: Estimate, scale: float = 1.0) -> str:
@@ -79,7 +101,9 @@ def estimate(e: Estimate, scale: float = 1.0) -> str:
     if e.se is None or not math.isfinite(e.se):
         return f"{value:.4g}"
     se = e.se * scale
-    digits = min(max(1 - math.floor(math.log10(se)), 0), 8) if se else 4
+    if se == 0:
+        return f"{value:.4g} ± 0"
+    digits = min(max(1 - math.floor(math.log10(se)), 0), 8)
     return f"{value:,.{digits}f} ± {se:,.{digits}f}"
 
 

@@ -16,12 +16,12 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from mlxq.api import DEFAULT_LENGTH, DEFAULT_SEQUENCES
+from mlxq.calibration.texts import encode, start_tokens
 from mlxq.errors import EvaluationError
 from mlxq.evaluate.texts import sections
 
 Score = Literal["second-half", "all"]
-#: Sequences and their tokens where the caller does not say.
-N_SEQUENCES, LENGTH = 12, 512
 BUILTIN = "built-in sample"
 
 #: Bytes of text read for each token that is wanted, at first; more where tokens are longer.
@@ -45,8 +45,8 @@ class TextOptions:
     """
 
     text: str | Path | None = None
-    sequences: int = N_SEQUENCES
-    length: int = LENGTH
+    sequences: int = DEFAULT_SEQUENCES
+    length: int = DEFAULT_LENGTH
     from_end: bool = False
     score: Score = "second-half"
 
@@ -122,7 +122,7 @@ def read_windows(tokenizer: Any, options: TextOptions) -> Windows:
     if room < 1:
         raise EvaluationError(f"a sequence of {options.length} tokens has no room after {len(start)} start tokens")
     if options.text is None:
-        bodies: Iterable[list[int]] = (_encode(tokenizer, body)[:room] for body in sections().values())
+        bodies: Iterable[list[int]] = (encode(tokenizer, body)[:room] for body in sections().values())
         bodies = [ids for ids in bodies if len(start) + len(ids) > 1]
         bodies = bodies[: options.sequences or None]
         name = BUILTIN
@@ -152,7 +152,7 @@ def _tokens(path: Path, tokenizer: Any, options: TextOptions, room: int) -> list
     size = _size(path)
     nbytes = wanted * _BYTES_PER_TOKEN if wanted else size
     while True:
-        ids = _encode(tokenizer, _read(path, min(nbytes, size), options.from_end))
+        ids = encode(tokenizer, _read(path, min(nbytes, size), options.from_end))
         if len(ids) >= (wanted or len(ids) + 1) or nbytes >= size:
             return ids
         nbytes *= 4
@@ -209,17 +209,3 @@ def _whole(raw: bytes, from_end: bool) -> slice:
 def _continues(raw: bytes, i: int) -> bool:
     """Whether a byte is one of a character in UTF-8 but not its first."""
     return raw[i] & 0xC0 == 0x80
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text without what the tokenizer puts around it."""
-    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
-
-
-def start_tokens(tokenizer: Any) -> list[int]:
-    """What the tokenizer puts before a text: most have one start token or none."""
-    plain, whole = _encode(tokenizer, "a"), [int(i) for i in tokenizer.encode("a")]
-    for i in range(len(whole) - len(plain) + 1):
-        if whole[i : i + len(plain)] == plain:
-            return whole[:i]
-    return []
