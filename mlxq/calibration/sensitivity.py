@@ -21,6 +21,9 @@ import numpy as np
 from mlxq.calibration.observe import Observations, observing
 from mlxq.calibration.stream import Activations, Block, BlockStream
 
+#: Logits that are worked on at a time, in the cache.
+_CHUNK = 1 << 18
+
 
 @dataclass(frozen=True)
 class Sensitivity:
@@ -106,13 +109,16 @@ def _through_head(
 
 def _drawn_gradient(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Gradient at logits `[..., V]` of the log likelihood of tokens drawn from their softmax: `onehot - p`."""
-    shape = logits.shape
-    p = logits.reshape(-1, shape[-1]).astype(np.float32)
-    p -= p.max(axis=1, keepdims=True)
-    np.exp(p, out=p)
-    p /= p.sum(axis=1, keepdims=True)
-    cumulative = np.cumsum(p, axis=1, dtype=np.float64)
-    drawn = (cumulative < rng.random((len(p), 1)) * cumulative[:, -1:]).sum(axis=1)
-    np.negative(p, out=p)
-    p[np.arange(len(p)), drawn] += 1
-    return p.reshape(shape)
+    V = logits.shape[-1]
+    out = np.array(logits.reshape(-1, V), np.float32)
+    step = max(_CHUNK // V, 1)
+    for start in range(0, len(out), step):
+        p = out[start : start + step]
+        p -= p.max(axis=1, keepdims=True)
+        np.exp(p, out=p)
+        p /= p.sum(axis=1, keepdims=True)
+        cumulative = np.cumsum(p, axis=1, dtype=np.float64)
+        drawn = (cumulative < rng.random((len(p), 1)) * cumulative[:, -1:]).sum(axis=1)
+        np.negative(p, out=p)
+        p[np.arange(len(p)), drawn] += 1
+    return out.reshape(logits.shape)
