@@ -78,7 +78,7 @@ def from_affine(q: QuantizedTensor, name: str) -> np.ndarray:
     codes = _codes(q)
     s, b = (_per_block(a, q.dtype, q.spec) for a in (q.scales, q.biases))
     s = _stored_scales(s, b, _idle(q), name)
-    blocks = (_super_blocks if name in K_TYPES else _blocks)(codes, s, b, name)
+    blocks = (_super_blocks if name in K_TYPES else blocks_of_32)(codes, s, b, name)
     return blocks.reshape(*q.shape[:-1], -1)
 
 
@@ -126,7 +126,7 @@ def _float16(values: np.ndarray, what: str) -> np.ndarray:
     return rounded.reshape(-1, 1)
 
 
-def _blocks(codes: np.ndarray, s: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:
+def blocks_of_32(codes: np.ndarray, s: np.ndarray, b: np.ndarray, name: str) -> np.ndarray:
     """Blocks of 32: d, then m if the type has one, then the fifth bits, then codes (see `ggml.py`)."""
     codes = codes.reshape(-1, _BLOCK)
     parts = [_float16(s, "scales").view(np.uint8)]

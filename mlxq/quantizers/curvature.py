@@ -8,6 +8,7 @@ touches are given `damp` times the mean of the diagonal, more where the factoriz
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,12 +39,14 @@ class Curvature:
     damp: float
 
     @classmethod
-    def of(cls, hessian: np.ndarray, damp: float = DAMP) -> Curvature:
+    def of(
+        cls, hessian: np.ndarray, damp: float = DAMP, *, sizes: Sequence[int] = AFFINE_GROUP_SIZES
+    ) -> Curvature:
         """Factorize a Hessian float32 `[K, K]`.
 
         Groups of columns with much input come first, and so do the columns within a group: what they lose is made up
         for by those that follow, while the last have none (the activation order of GPTQ's code, by whole groups, so
-        that a group's codes share scale and bias on disk). Groups of every legal size stay together.
+        that a group's codes share scale and bias on disk). Groups of all `sizes` that divide K stay together.
 
         Raises:
             FormatError: the Hessian is not finite, or cannot be factorized with any damping.
@@ -51,7 +54,7 @@ class Curvature:
         if not np.isfinite(hessian).all():
             raise FormatError("the inputs of the layer are not finite: activations overflow on the calibration text")
         diagonal = np.diagonal(hessian).astype(np.float64)
-        order = _order(diagonal)
+        order = _order(diagonal, sizes)
         h = hessian[np.ix_(order, order)].astype(np.float64)
         mean = float(diagonal.mean()) or 1.0
         while damp <= _MOST:
@@ -73,10 +76,10 @@ class Curvature:
         return np.einsum("kn,kn->n", errors, self.hessian @ errors, dtype=np.float64)
 
 
-def _order(diagonal: np.ndarray) -> np.ndarray:
+def _order(diagonal: np.ndarray, sizes: Sequence[int]) -> np.ndarray:
     """Columns, first by the sums of the largest groups, within them by those of the next smaller, last by their own."""
     keys = [-diagonal]
-    for size in sorted(AFFINE_GROUP_SIZES):
+    for size in sorted(sizes):
         if len(diagonal) % size == 0:
             keys.append(np.repeat(np.arange(len(diagonal) // size), size))
             keys.append(np.repeat(-diagonal.reshape(-1, size).sum(axis=1), size))

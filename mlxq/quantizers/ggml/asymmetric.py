@@ -21,7 +21,7 @@ from mlxq.quantizers.ggml.tiles import metal_parts, mlx_tiles, numpy_tiles
 _SEARCH_2 = LineSearch(levels=(2.5, 2.9, 3.3, 3.7), shifts=(-0.25, 0.25))
 _SEARCH_4 = LineSearch(levels=(13.4, 14.0, 14.6, 15.2, 15.8), shifts=(-0.25, 0.25))
 _SEARCH_5 = LineSearch(levels=(28.0, 28.95, 29.9, 30.85, 31.8), shifts=(-0.2, 0.2))
-_SEARCHES = {"Q4_1": _SEARCH_4, "Q5_1": _SEARCH_5, "Q2_K": _SEARCH_2, "Q4_K": _SEARCH_4, "Q5_K": _SEARCH_5}
+SEARCHES = {"Q4_1": _SEARCH_4, "Q5_1": _SEARCH_5, "Q2_K": _SEARCH_2, "Q4_K": _SEARCH_4, "Q5_K": _SEARCH_5}
 #: Factors of `d` and `dmin` where these have so few bits that the next step may be a third larger.
 _COARSE_FACTORS = (0.75, 0.9, 1.0, 1.15, 1.33)
 
@@ -46,9 +46,9 @@ def quantize(
         FormatError: another type, or weights so large that a step is beyond float16.
         BackendError: `metal` and steps of fewer bits.
     """
-    if name not in _SEARCHES:
-        raise FormatError(f"{name!r} has no encoder here: the types that have one are {', '.join(_SEARCHES)}")
-    search = replace(_SEARCHES[name], step_bits=step_bits)
+    if name not in SEARCHES:
+        raise FormatError(f"{name!r} has no encoder here: the types that have one are {', '.join(SEARCHES)}")
+    search = replace(SEARCHES[name], step_bits=step_bits)
     if step_bits < COARSE:
         search = replace(search, factors=_COARSE_FACTORS)
     if backend == "metal" and name in K_TYPES:

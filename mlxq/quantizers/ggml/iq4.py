@@ -50,14 +50,14 @@ class _Values:
         return np.take(_CODES, (values + np.float32(128)).astype(np.uint8), mode="clip")
 
 
-_GRID = _Values()
+GRID = _Values()
 #: IQ4_XS, by whether there is importance: uneven importance asks for scales further away.
-_SEARCHES = {
+SEARCHES = {
     False: BlockSearch(31, 1.2, (-4, -2, 0, 2, 4), (0.8, 0.88, 0.96, 1.02, 1.1), rounds=1),
     True: BlockSearch(31, 1.3, (-8, -6, -4, -2, 0, 2, 4, 6), (0.7, 0.8, 0.88, 0.96, 1.02, 1.1), rounds=2),
 }
 #: IQ4_NL: what the weight of largest magnitude becomes, as part of the lowest value; below 0 of the other sign.
-_FACTORS = (1.0, 1.06, 1.12, 0.93, 0.86, -1.05, -0.99, -0.93, -0.87, -0.8)
+FACTORS = (1.0, 1.06, 1.12, 0.93, 0.86, -1.05, -0.99, -0.93, -0.87, -0.8)
 
 
 def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, backend: str = "numpy") -> np.ndarray:
@@ -77,12 +77,12 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
     """
     format = block_format(name)
     blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
-    search = _SEARCHES[importance is not None]
-    check_range(w, name, _GRID, 1 if name == "IQ4_NL" else search.top)
+    search = SEARCHES[importance is not None]
+    check_range(w, name, GRID, 1 if name == "IQ4_NL" else search.top)
     if name == "IQ4_NL":
-        for part, d, codes in encoded_groups(w, importance, _GRID, _FACTORS, backend):
+        for part, d, codes in encoded_groups(w, importance, GRID, FACTORS, backend):
             blocks[part] = pack(IQ4Blocks(d, codes), name)
     else:
-        for part, d, scales, codes in encoded_blocks(w, importance, _GRID, search, 256 // SUB_BLOCK, backend):
+        for part, d, scales, codes in encoded_blocks(w, importance, GRID, search, 256 // SUB_BLOCK, backend):
             blocks[part] = pack(IQ4Blocks(d, codes, scales), name)
     return blocks.reshape(w.shape[0], w.shape[1] // format.block_size * format.type_size)

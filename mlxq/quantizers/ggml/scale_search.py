@@ -103,7 +103,7 @@ def encoded_blocks(
     w: np.ndarray, importance: np.ndarray | None, grid: Any, search: BlockSearch, n_groups: int, backend: str
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray, np.ndarray]]:
     """Search super-blocks of 256: their range, `d` float16 `[n]`, `sc` int8 `[n, n_groups]`, codes uint8 `[n, 256]`."""
-    for part, outputs in _searched(w, importance, 256 // n_groups, n_groups, backend, _search_blocks, grid, search):
+    for part, outputs in _searched(w, importance, 256 // n_groups, n_groups, backend, search_blocks, grid, search):
         d, sc, values = outputs
         d, sc, codes = d.astype(np.float16), sc.T.astype(np.int8, order="C"), _in_order(grid.codes(values))
         at, *exact = on_grid.encode(w.reshape(-1, 256)[part], grid, n_groups, search.top)
@@ -115,7 +115,7 @@ def encoded_groups(
     w: np.ndarray, importance: np.ndarray | None, grid: Any, factors: tuple[float, ...], backend: str
 ) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
     """Search groups of 32 that have a `d` each: their range, `d` float16 `[n]`, codes uint8 `[n, 32]`."""
-    for part, outputs in _searched(w, importance, 32, 1, backend, _search_groups, grid, factors):
+    for part, outputs in _searched(w, importance, 32, 1, backend, search_groups, grid, factors):
         d, values = outputs
         yield part, d[0].astype(np.float16), _in_order(grid.codes(values))
 
@@ -164,7 +164,7 @@ def _extreme(tile: Any) -> Any:
     return tile.xp.where(high > -low, high, low)
 
 
-def _search_blocks(tile: Any, grid: Any, search: BlockSearch) -> tuple[Any, Any, Any]:
+def search_blocks(tile: Any, grid: Any, search: BlockSearch) -> tuple[Any, Any, Any]:
     """`d` `[n]`, `sc` `[n_groups, n]` and the grid's values `[group, n_groups, n]` of each super-block."""
     xp = tile.xp
     extreme = _extreme(tile)
@@ -207,7 +207,7 @@ def _fit(xp: Any, best: _Choice, d: Any) -> Any:
     return _to_float16(xp, xp.where(vv > _TINY, vx / xp.maximum(vv, _TINY), d))
 
 
-def _search_groups(tile: Any, grid: Any, factors: tuple[float, ...]) -> tuple[Any, Any]:
+def search_groups(tile: Any, grid: Any, factors: tuple[float, ...]) -> tuple[Any, Any]:
     """`d` `[1, n]` and the grid's values `[group, 1, n]` of each group."""
     xp = tile.xp
     extreme = _extreme(tile)

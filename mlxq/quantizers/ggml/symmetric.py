@@ -21,7 +21,7 @@ _CHUNK = 1 << 12
 #: The largest float32 below one half. Added to a magnitude that is then cut off, it rounds halves away from zero.
 _BELOW_HALF = np.float32(0.49999997)
 
-_GRIDS = {
+GRIDS = {
     "Q4_0": Uniform(-8, 7),
     "Q5_0": Uniform(-16, 15),
     "Q8_0": Uniform(-127, 127),
@@ -29,14 +29,14 @@ _GRIDS = {
     "Q6_K": Uniform(-32, 31),
 }
 #: By type, and whether there is importance: with it ggml's own search is the closer one.
-_SEARCHES = {
+SEARCHES = {
     ("Q3_K", False): BlockSearch(31, 1.2, (-3, 0, 3), rounds=1),
     ("Q3_K", True): BlockSearch(31, 1.3, (-8, -6, -4, -2, 0, 2, 4, 6, 8), (0.75, 0.9, 1.05), rounds=2),
     ("Q6_K", False): BlockSearch(127, 1.2, tuple(range(-1, 9))),
     ("Q6_K", True): BlockSearch(127, 1.2, (-7, -5, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7, 8, 10), rounds=1),
 }
 #: Q4_0, Q5_0: what the weight of largest magnitude becomes, as part of the lowest code; below 0 of the other sign.
-_FACTORS = (1.0, 1.07, 1.14, 0.94, 0.88, 0.83, -1.1, -1.02, -0.94, -0.86, -0.78)
+FACTORS = (1.0, 1.07, 1.14, 0.94, 0.88, 0.83, -1.1, -1.02, -0.94, -0.86, -0.78)
 
 
 def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, backend: str = "numpy") -> np.ndarray:
@@ -57,7 +57,7 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
     """
     format = block_format(name)
     blocks = np.empty((w.size // format.block_size, format.type_size), np.uint8)
-    grid, search = _GRIDS[name], _SEARCHES.get((name, importance is not None))
+    grid, search = GRIDS[name], SEARCHES.get((name, importance is not None))
     check_range(w, name, grid, search.top if search else 1)
     if search and backend == "metal":
         _encode_on_metal(w, name, importance, grid, search, blocks)
@@ -68,7 +68,7 @@ def quantize(w: np.ndarray, name: str, importance: np.ndarray | None = None, bac
         for start in range(0, len(blocks), _CHUNK):
             _reference(w.reshape(-1, 32)[start : start + _CHUNK], name, blocks[start : start + _CHUNK])
     else:
-        for part, d, codes in encoded_groups(w, importance, grid, _FACTORS, backend):
+        for part, d, codes in encoded_groups(w, importance, grid, FACTORS, backend):
             _store(d, codes.T, name, blocks[part])
     return blocks.reshape(w.shape[0], w.shape[1] // format.block_size * format.type_size)
 
@@ -100,7 +100,7 @@ def _reference(x: np.ndarray, name: str, blocks: np.ndarray) -> None:
             # Of two weights of one magnitude the first gives its sign.
             both = x[:, ties]
             d[ties] = np.take_along_axis(both, np.abs(both).argmax(axis=0)[None], axis=0)[0]
-        d /= np.float32(_GRIDS[name].low)
+        d /= np.float32(GRIDS[name].low)
     inverse = np.zeros_like(d)
     # The inverse of a subnormal number may be infinite; as float16 it is zero anyway.
     np.divide(np.float32(1), d, out=inverse, where=np.abs(d) >= np.finfo(np.float32).tiny)
@@ -109,8 +109,8 @@ def _reference(x: np.ndarray, name: str, blocks: np.ndarray) -> None:
         x += np.copysign(_BELOW_HALF, x)
         codes = x.astype(np.int8).view(np.uint8)
     else:
-        x += np.float32(0.5 - _GRIDS[name].low)
-        codes = np.minimum(x, np.float32(_GRIDS[name].high - _GRIDS[name].low), out=x).astype(np.uint8)
+        x += np.float32(0.5 - GRIDS[name].low)
+        codes = np.minimum(x, np.float32(GRIDS[name].high - GRIDS[name].low), out=x).astype(np.uint8)
     _store(d.astype(np.float16), codes, name, blocks)
 
 
