@@ -1,6 +1,7 @@
 """The built-in calibration text: `sample/*.txt`, written for this project, in an order of which any part is balanced.
 
 A file holds documents, each after a line `=== domain`. Its name tells the group: English prose, code, other languages.
+It is no reference: many of the people, places and figures in it are invented.
 Nothing of it may be in the text of the proof (`mlxq/evaluate/sample.txt`): what was calibrated on is not measured on.
 """
 
