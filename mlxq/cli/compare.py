@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mlxq.api import DEFAULT_LENGTH, DEFAULT_SEQUENCES
+from mlxq.api import DEFAULT_LENGTH
 from mlxq.cli import eval_options as o
 
 #: Columns where there is no terminal to fit.
@@ -20,7 +20,7 @@ def compare(
     ],
     reference: o.Reference = None,
     text: o.Text = None,
-    sequences: o.Sequences = DEFAULT_SEQUENCES,
+    sequences: o.Sequences = None,
     length: o.Length = DEFAULT_LENGTH,
     from_end: o.FromEnd = False,
     score: o.Scored = "second-half",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from mlxq.api import DEFAULT_LENGTH, DEFAULT_SEQUENCES
+from mlxq.api import DEFAULT_LENGTH
 from mlxq.cli import eval_options as o
 from mlxq.cli.options import Source
 
@@ -13,7 +13,7 @@ def evaluate(
     model: Source,
     reference: o.Reference = None,
     text: o.Text = None,
-    sequences: o.Sequences = DEFAULT_SEQUENCES,
+    sequences: o.Sequences = None,
     length: o.Length = DEFAULT_LENGTH,
     from_end: o.FromEnd = False,
     score: o.Scored = "second-half",

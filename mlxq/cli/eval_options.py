@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mlxq.api import DEFAULT_SEQUENCES
+
 if TYPE_CHECKING:
     from mlxq.evaluate.quality.results import Evaluation
 
@@ -28,7 +30,14 @@ Text = Annotated[
     ),
 ]
 Sequences = Annotated[
-    int, typer.Option(min=0, metavar="N", help="Sequences at most; 0 takes all of the text.", rich_help_panel=_TEXT)
+    int | None,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help=f"Sequences at most; 0 takes all of the text. (default: {DEFAULT_SEQUENCES}; of the sample, all)",
+        show_default=False,
+        rich_help_panel=_TEXT,
+    ),
 ]
 Length = Annotated[int, typer.Option(min=2, metavar="L", help="Tokens of a sequence.", rich_help_panel=_TEXT)]
 FromEnd = Annotated[

@@ -70,6 +70,7 @@ def test_a_piece_without_line_ends_is_cut_between_characters(tmp_path: Path, mon
 
 
 def test_all_sequences_of_a_text(tmp_path: Path) -> None:
+    assert len(read_windows(Letters(), TextOptions(written(tmp_path, LINES), length=64)).sequences) == 12
     windows = read_windows(Letters(), TextOptions(written(tmp_path, LINES), sequences=0, length=64))
     assert len(windows.sequences) == len(LINES) // 64
 
@@ -85,8 +86,9 @@ def test_rows_predict_the_tokens_that_are_scored(tmp_path: Path, score: str, fir
 
 
 def test_sections_of_the_sample_are_sequences_of_their_own() -> None:
-    windows = read_windows(Letters(7), TextOptions(sequences=0, length=4000))
+    windows = read_windows(Letters(7), TextOptions(length=4000))
     assert len(windows.sequences) == 16
+    assert len(read_windows(Letters(7), TextOptions(sequences=3)).sequences) == 3
     assert len(set(windows.lengths)) > 1
     assert all(ids[0] == 7 for ids in windows.sequences)
     assert windows.rows.max() < len(windows.tokens) - 1

@@ -172,6 +172,9 @@ def _linear(values: Sequence[float], start: float, end: float, *, room: float, w
 def _logarithmic(values: Sequence[float], start: float, end: float) -> _Axis:
     """An axis over positive `values`, with ticks at 1, 2 and 5 times powers of ten."""
     low, high = min(values) / 1.6, max(values) * 1.6
+    # A decade at least, so that there are ticks to read a value by.
+    room = max(math.sqrt(10 * low / high), 1.0)
+    low, high = low / room, high * room
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
     ticks = tuple(f * 10.0**p for p in powers for f in factors if low <= f * 10.0**p <= high)

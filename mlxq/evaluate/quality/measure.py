@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mlxq.api import DEFAULT_LENGTH, DEFAULT_SEQUENCES, public
+from mlxq.api import DEFAULT_LENGTH, public
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import vocabulary_size
@@ -42,7 +42,7 @@ def evaluate_models(
     *,
     reference: str | Path | None = None,
     text: str | Path | None = None,
-    sequences: int = DEFAULT_SEQUENCES,
+    sequences: int | None = None,
     length: int = DEFAULT_LENGTH,
     from_end: bool = False,
     score: Score = "second-half",
@@ -57,7 +57,7 @@ def evaluate_models(
         models: directories, `.gguf` files or Hub ids.
         reference: the model that the others were made from.
         text: a UTF-8 file; None is the built-in sample.
-        sequences: at most so many are used; 0 takes all that the text has.
+        sequences: at most so many are used; 0 takes all that the text has. None: 12 of a file, all of the sample.
         length: tokens of a sequence, start tokens included.
         from_end: the last sequences of the text, not the first.
         score: `second-half` of every sequence, or `all` tokens but the first.
@@ -111,7 +111,7 @@ def evaluate_model(
     *,
     reference: str | Path | None = None,
     text: str | Path | None = None,
-    sequences: int = DEFAULT_SEQUENCES,
+    sequences: int | None = None,
     length: int = DEFAULT_LENGTH,
     from_end: bool = False,
     score: Score = "second-half",

@@ -35,7 +35,8 @@ class TextOptions:
 
     Attributes:
         text: a UTF-8 file, or None for the built-in sample, each section of which is one sequence.
-        sequences: at most so many; 0 takes all there are.
+        sequences: at most so many; 0 takes all there are, None all sections of the sample and `DEFAULT_SEQUENCES` of
+            a file.
         length: tokens of a sequence, start tokens included.
         from_end: take the last sequences of the file, not the first.
         score: `second-half` scores the tokens of the second half of each sequence, `all` every token after the first.
@@ -45,13 +46,20 @@ class TextOptions:
     """
 
     text: str | Path | None = None
-    sequences: int = DEFAULT_SEQUENCES
+    sequences: int | None = None
     length: int = DEFAULT_LENGTH
     from_end: bool = False
     score: Score = "second-half"
 
+    @property
+    def wanted(self) -> int:
+        """Sequences at most; 0 for all there are."""
+        if self.sequences is None:
+            return 0 if self.text is None else DEFAULT_SEQUENCES
+        return self.sequences
+
     def __post_init__(self) -> None:
-        if self.sequences < 0:
+        if self.wanted < 0:
             raise EvaluationError(f"the number of sequences is {self.sequences}; it is 1 or more, or 0 for all")
         if self.length < 2:
             raise EvaluationError(f"sequences of {self.length} tokens leave nothing to predict; ask for 2 or more")
@@ -124,7 +132,7 @@ def read_windows(tokenizer: Any, options: TextOptions) -> Windows:
     if options.text is None:
         bodies: Iterable[list[int]] = (encode(tokenizer, body)[:room] for body in sections().values())
         bodies = [ids for ids in bodies if len(start) + len(ids) > 1]
-        bodies = bodies[: options.sequences or None]
+        bodies = bodies[: options.wanted or None]
         name = BUILTIN
         if not bodies:
             raise EvaluationError(f"the tokenizer makes fewer than two tokens of every section of the {BUILTIN}")
@@ -141,14 +149,14 @@ def _cut(path: Path, ids: list[int], options: TextOptions, room: int, n_start: i
             f"{path}: has {len(ids) + n_start} tokens, but one sequence needs {options.length}: give more text, or"
             f" sequences of at most {len(ids) + n_start} tokens (--length)"
         )
-    count = min(count, options.sequences or count)
+    count = min(count, options.wanted or count)
     first = len(ids) - count * room if options.from_end else 0
     return [ids[first + i * room : first + (i + 1) * room] for i in range(count)]
 
 
 def _tokens(path: Path, tokenizer: Any, options: TextOptions, room: int) -> list[int]:
     """At least as many tokens as are wanted of a file, from its beginning or its end, if it has so many."""
-    wanted = options.sequences * room
+    wanted = options.wanted * room
     size = _size(path)
     nbytes = wanted * _BYTES_PER_TOKEN if wanted else size
     while True:
