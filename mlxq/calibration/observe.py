@@ -89,7 +89,14 @@ class Observations:
 
 @contextlib.contextmanager
 def observing(
-    owner: Any, prefix: str, names: Iterable[str], into: Observations, *, inputs: bool = True, gradients: bool = False
+    owner: Any,
+    prefix: str,
+    names: Iterable[str],
+    into: Observations,
+    *,
+    inputs: bool = True,
+    gradients: bool = False,
+    last: str | None = None,
 ) -> Iterator[None]:
     """Take down what reaches the layers whose weights are `names`, while the `with` lasts.
 
@@ -97,6 +104,7 @@ def observing(
         owner: a block, or another module; `prefix` is its path in the model.
         inputs: count second moments of inputs.
         gradients: sum squared gradients at outputs, when the module is run backwards.
+        last: nothing is wanted of what comes after this one's input: the pass is left there, by `InputSeen`.
     """
     latest: list[tuple[mx.array, str]] = []
     with contextlib.ExitStack() as stack:
@@ -106,9 +114,13 @@ def observing(
             for part in path[:-1]:
                 parent = parent[int(part)] if isinstance(parent, list) else parent[part]
             layer = parent[path[-1]]
-            parent[path[-1]] = _Observed(layer, name, into, latest, inputs, gradients)
+            parent[path[-1]] = _Observed(layer, name, into, latest, inputs, gradients, name == last)
             stack.callback(parent.__setitem__, path[-1], layer)
         yield
+
+
+class InputSeen(Exception):
+    """Leaves a pass of which no more is wanted."""
 
 
 class _Observed(Proxy):
@@ -122,6 +134,7 @@ class _Observed(Proxy):
         latest: list[tuple[mx.array, str]],
         inputs: bool,
         gradients: bool,
+        is_last: bool,
     ):
         super().__init__(layer)
         self._name = name
@@ -130,6 +143,7 @@ class _Observed(Proxy):
         self._latest = latest
         self._inputs = inputs
         self._gradients = gradients
+        self._is_last = is_last
         self._looks_up = isinstance(getattr(layer, "_module", layer), nn.Embedding)
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -140,6 +154,8 @@ class _Observed(Proxy):
             self._into.order.append(self._name)
         if self._inputs:
             self._count(x, experts)
+        if self._is_last:
+            raise InputSeen
         y = self._module(x, *args, **kwargs)
         return _watched(y, self._square(experts)) if self._gradients else y
 
@@ -148,6 +164,8 @@ class _Observed(Proxy):
             self._into.order.append(self._name)
         if self._inputs:
             self._count(x, None)
+        if self._is_last:
+            raise InputSeen
         y = self._module.as_linear(x)
         return _watched(y, self._square(None)) if self._gradients else y
 

@@ -3,28 +3,30 @@
 In memory are one block, the hidden states of all sequences (or a file of them, see `Activations`), and what one chunk
 of sequences needs inside a block. The model's own forward pass is what calls the blocks, so every architecture whose
 blocks are a plain list runs as it is: at each call all chunks are run through the block, and the pass goes on with a
-placeholder of the right shape. A pass that changes the hidden states between two blocks is refused, by name.
+placeholder of the right shape. What that would make of a model whose blocks are connected in other ways is found out
+first (`structure`); such a model is run as one block, whole.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.calibration.observe import Observations, observing
+from mlxq.calibration.activations import Activations
+from mlxq.calibration.observe import InputSeen, Observations, observing
+from mlxq.calibration.structure import OnCall, Passed, logits_of, passed_to_blocks
 from mlxq.errors import CalibrationError
 from mlxq.runtime.block_layout import BlockLayout, LazyModule, NotStreamable, Proxy
 from mlxq.runtime.layers import install_layers
-from mlxq.runtime.spool import spool
-from mlxq.runtime.weights import to_mlx
+from mlxq.runtime.weights import load_parameters, release_parameters
+
+__all__ = ["Activations", "Block", "BlockStream", "BlockVisitor"]
 
 #: Bytes of hidden states in a chunk, about: large products, and some hundred MB inside a block.
 _CHUNK_BYTES = 12 << 20
@@ -38,66 +40,31 @@ class Block:
         module: the block itself.
     """
 
-    def __init__(self, index: int, path: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], rows: int):
+    def __init__(self, index: int, path: str, module: nn.Module, passed: Passed):
         self.index = index
         self.path = path
         self.module = module
-        self._rest = args[1:], kwargs
-        self._rows = rows
+        self._passed = passed
 
     def __call__(self, hidden: mx.array) -> mx.array:
         """The block's output `[S, L, D]` for hidden states `[S, L, D]` of some sequences; lazy."""
-        args, kwargs = tree_map(lambda a: self._cut(a, len(hidden)), self._rest)
+        args, kwargs = self._passed.for_rows(len(hidden))
         output = self.module(hidden, *args, **kwargs)
         if not isinstance(output, mx.array) or output.shape != hidden.shape:
             raise NotStreamable(f"{self.path} does not give one array of hidden states")
         return output
 
-    def _cut(self, a: Any, n: int) -> Any:
-        """What belongs to the first sequences of an argument that has them on its first axis."""
-        batched = isinstance(a, mx.array) and a.ndim > 2 and a.shape[0] == self._rows
-        return a[:n] if batched and n != self._rows else a
 
+class _WholeModel(Block):
+    """A model that cannot be taken apart: its one block takes tokens `[S, L]`, and gives them back."""
 
-class Activations:
-    """Hidden states `[S, L, D]` of all sequences, in memory or in a temporary file, by chunks of sequences.
+    def __init__(self, module: nn.Module):
+        super().__init__(0, "", module, Passed((), {}))
 
-    They are stored in the dtype that the model computes in.
-    """
-
-    def __init__(self, n_sequences: int, chunk: int, *, on_disk: bool = False):
-        self.chunks = [slice(i, min(i + chunk, n_sequences)) for i in range(0, n_sequences, chunk)]
-        self._on_disk = on_disk
-        self._held: dict[int, mx.array] = {}
-        self._file: np.ndarray | None = None
-        self._dtype: mx.Dtype | None = None
-
-    def __getitem__(self, i: int) -> mx.array:
-        if self._file is None:
-            return self._held[i]
-        return to_mlx(np.array(self._file[self.chunks[i]])).astype(self._dtype)
-
-    def __setitem__(self, i: int, hidden: mx.array) -> None:
-        mx.eval(hidden)
-        if not self._on_disk:
-            self._held[i] = hidden
-            return
-        if self._file is None:
-            n = self.chunks[-1].stop
-            self._dtype = hidden.dtype
-            flat = spool((n, prod(hidden.shape[1:])), "the activations of the calibration text")
-            self._file = flat.reshape(n, *hidden.shape[1:])
-        self._file[self.chunks[i]] = np.asarray(hidden.astype(mx.float32))
-
-    def copy(self) -> Activations:
-        """The same hidden states, which the other's no longer touch."""
-        new = Activations(self.chunks[-1].stop, self.chunks[0].stop, on_disk=self._on_disk)
-        for i, hidden in enumerate(self):
-            new[i] = hidden
-        return new
-
-    def __iter__(self) -> Iterator[mx.array]:
-        return (self[i] for i in range(len(self.chunks)))
+    def __call__(self, hidden: mx.array) -> mx.array:
+        if not bool(mx.isfinite(logits_of(self.module(hidden))).all()):
+            raise CalibrationError("the model's logits are not finite on the calibration text")
+        return hidden
 
 
 #: What is done with a block: it sees the hidden states that come in, and leaves those that go on in their place.
@@ -109,6 +76,7 @@ class BlockStream:
 
     Attributes:
         n_blocks: how many there are.
+        whole: why the model is run as one block, with all parameters in memory; None where it is not.
         activations: what goes into the next block; after `run`, what came out of the last.
     """
 
@@ -120,78 +88,98 @@ class BlockStream:
         compute_dtype: mx.Dtype | None = mx.float32,
         on_disk: bool = False,
     ):
-        """Build the skeleton; nothing is read yet.
+        """Look at how the model calls its blocks; the embedding, the first block and the head are read for that.
 
         Args:
             parameter_map: the source; its own `model` is left alone.
             sequences: int32 `[S, L]` token ids.
             compute_dtype: of the activations, as in `runtime.weights.load_parameters`.
             on_disk: keep the hidden states in a temporary file.
-
-        Raises:
-            NotStreamable: the model has no plain list of blocks.
         """
         self._map = parameter_map
         self._dtype = compute_dtype
         self._sequences = sequences
         self._on_disk = on_disk
-        self._model = parameter_map.new_model()
-        install_layers(self._model, parameter_map.tensors)
+        self._build()
+        self.activations: Activations | None = None
+        self.whole: str | None = None
+        try:
+            self._lazy: list[LazyModule] = []
+            self._layout = BlockLayout(self._model, parameter_map.tensors)
+            self._layout.wrap(parameter_map, compute_dtype, lambda done, total: None, self._intercept)
+            self.n_blocks = len(self._layout.blocks)
+            self._look()
+        except NotStreamable as e:
+            self.whole, self._layout, self.n_blocks = str(e), None, 1
+            # The wrappers stay in the model they were put into: start again with a fresh one.
+            self._build()
+
+    def _build(self) -> None:
+        self._model = self._map.new_model()
+        install_layers(self._model, self._map.tensors)
         self._model.eval()
-        self._layout = BlockLayout(self._model, parameter_map.tensors)
-        self.n_blocks = len(self._layout.blocks)
-        self._call: Callable[[int, LazyModule, tuple, dict[str, Any]], Any] = self._stop_at_first
-        self._layout.wrap(parameter_map, compute_dtype, lambda done, total: None, self._intercept)
+
+    def _look(self) -> None:
+        """Find out how the blocks are called, and try the first.
+
+        Raises:
+            NotStreamable: they cannot be run one after another.
+        """
+        try:
+            self._passed, hidden = passed_to_blocks(self._forward, self._sequences, self.n_blocks)
+            self._width = hidden.shape[-1]
+            with self.block(0) as block:
+                block(hidden)
+        finally:
+            self._layout.release()
+
+    def _forward(self, tokens: mx.array, on_call: OnCall) -> Any:
+        """The model's own pass over tokens `[S, L]`, with `on_call` in the place of its blocks."""
+        self._on_call = on_call
+        return self._model(tokens)
 
     def embed(self) -> None:
         """Hidden states before the first block."""
-        width = self._width()
         n, length = self._sequences.shape
-        chunk = max(1, min(n, _CHUNK_BYTES // (4 * length * width)))
+        if self.whole is not None:
+            self.activations = Activations(n, 1)
+            for i, part in enumerate(self.activations.chunks):
+                self.activations[i] = mx.array(self._sequences[part])
+            return
+        chunk = max(1, min(n, _CHUNK_BYTES // (4 * length * self._width)))
         self.activations = Activations(n, chunk, on_disk=self._on_disk)
-        self._call = self._stop_at_first
+
+        def stop(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            raise _FirstBlock(args[0])
+
         for i, part in enumerate(self.activations.chunks):
             try:
-                self._model(mx.array(self._sequences[part]))
+                self._forward(mx.array(self._sequences[part]), stop)
             except _FirstBlock as e:
                 self.activations[i] = e.hidden
-            else:
-                raise NotStreamable("its forward pass does not call its blocks")
+        self._layout.release()
 
     def run(self, visit: BlockVisitor) -> None:
-        """Let `visit` see every block in turn, with its parameters in memory; it moves the activations on.
-
-        Raises:
-            NotStreamable: the forward pass does more between blocks than to call them.
-        """
-        expected: list[mx.array] = []
-        self._calls = []
-
-        def call(index: int, lazy: LazyModule, args: tuple, kwargs: dict[str, Any]) -> mx.array:
-            if expected and args[0] is not expected[-1]:
-                raise NotStreamable(f"its hidden states are changed before block {index}")
-            self._calls.append((lazy, args, kwargs))
+        """Let `visit` see every block in turn, with its parameters in memory; it moves the activations on."""
+        for index in range(self.n_blocks):
             with self.block(index) as block:
                 visit(block, self.activations)
-            # Lazy: it is passed on, and never computed.
-            expected.append(mx.zeros(args[0].shape, args[0].dtype))
-            return expected[-1]
-
-        self._call = call
-        first = self.activations.chunks[0]
-        self._model(mx.array(self._sequences[first]))
-        if len(expected) != self.n_blocks:
-            raise NotStreamable(f"its forward pass calls {len(expected)} of its {self.n_blocks} blocks")
 
     @contextlib.contextmanager
     def block(self, index: int) -> Iterator[Block]:
-        """A block with its parameters, once `run` has come to it."""
-        lazy, args, kwargs = self._calls[index]
-        with lazy.loaded() as module:
-            yield Block(index, f"{self._layout.path}.{index}", module, args, kwargs, len(args[0]))
+        """A block with its parameters."""
+        if self.whole is not None:
+            load_parameters(self._model, "", self._map, compute_dtype=self._dtype)
+            try:
+                yield _WholeModel(self._model)
+            finally:
+                release_parameters(self._model)
+            return
+        with self._lazy[index].loaded() as module:
+            yield Block(index, f"{self._layout.path}.{index}", module, self._passed[index])
 
     def observing_parts(
-        self, names_of: Callable[[str], Sequence[str]], into: Observations, **what: bool
+        self, names_of: Callable[[str], Sequence[str]], into: Observations, **what: Any
     ) -> contextlib.AbstractContextManager[None]:
         """`observe.observing` of the matrices beside the blocks (head, embedding as a head)."""
         names = [name for path in self.parts for name in names_of(path)]
@@ -200,10 +188,15 @@ class BlockStream:
     def inputs_of_head(self, names_of: Callable[[str], Sequence[str]]) -> Observations:
         """Second moments of what goes into the matrices beside the blocks, after the last block."""
         seen = Observations()
-        with self.observing_parts(names_of, seen):
+        with self.observing_parts(names_of, seen, inputs=False):
+            self.head(self.activations[0][:1, :1])
+        if not seen.order:
+            return seen
+        with self.observing_parts(names_of, seen, last=seen.order[-1]):
             for hidden in self.activations:
-                # Its logits stay lazy: only what goes in is wanted.
-                self.head(hidden)
+                # Logits are large, and only what goes in is wanted.
+                with contextlib.suppress(InputSeen):
+                    self.head(hidden)
         return seen
 
     def logits(self, i: int) -> mx.array:
@@ -212,15 +205,13 @@ class BlockStream:
 
     def head(self, hidden: mx.array) -> mx.array:
         """Logits `[S, L, vocabulary]` for what came out of the last block, `[S, L, D]`; lazy."""
-        self._call = lambda index, lazy, args, kwargs: hidden
-        logits = self._model(mx.zeros(hidden.shape[:2], mx.int32))
-        return getattr(logits, "logits", logits[0] if isinstance(logits, tuple) else logits)
+        return logits_of(self._forward(mx.zeros(hidden.shape[:2], mx.int32), lambda index, args, kwargs: hidden))
 
     def part(self, path: str) -> Any:
         """The module beside the blocks at `path` (`lm_head`, `model.embed_tokens`), read at its first use."""
         found = self._model
         for name in path.split("."):
-            found = found[name]
+            found = found[int(name)] if isinstance(found, list) else found[name]
         return found
 
     @property
@@ -229,11 +220,12 @@ class BlockStream:
 
     @property
     def parts(self) -> list[str]:
-        """Paths of the modules beside the blocks."""
-        return [path for _, _, path in self._layout.parts]
+        """Paths of the modules beside the blocks; none where the model is run whole."""
+        return [path for _, _, path in self._layout.parts] if self._layout else []
 
     def close(self) -> None:
-        self._layout.release()
+        if self._layout is not None:
+            self._layout.release()
         self.activations = None
         mx.clear_cache()
 
@@ -244,18 +236,8 @@ class BlockStream:
         self.close()
 
     def _intercept(self, index: int, lazy: LazyModule) -> Proxy:
+        self._lazy.append(lazy)
         return _Intercepted(lazy, index, self)
-
-    def _stop_at_first(self, index: int, lazy: LazyModule, args: tuple, kwargs: dict[str, Any]) -> Any:
-        raise _FirstBlock(args[0])
-
-    def _width(self) -> int:
-        config = self._map.checkpoint.config
-        for part in (config, config.get("text_config") or {}):
-            width = part.get("hidden_size") or part.get("n_embd") or part.get("d_model") or part.get("model_dim")
-            if isinstance(width, int):
-                return width
-        raise CalibrationError(f"{self._map.checkpoint.path}: config.json does not say how wide hidden states are")
 
 
 class _FirstBlock(Exception):
@@ -275,4 +257,4 @@ class _Intercepted(Proxy):
         self._stream = stream
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._stream._call(self._index, self._module, args, kwargs)
+        return self._stream._on_call(self._index, args, kwargs)

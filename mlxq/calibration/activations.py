@@ -1,0 +1,53 @@
+"""Hidden states of the calibration text between two blocks, in memory or on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+
+import mlx.core as mx
+import numpy as np
+
+from mlxq.runtime.spool import spool
+from mlxq.runtime.weights import to_mlx
+
+
+class Activations:
+    """Hidden states `[S, L, D]` of all sequences, in memory or in a temporary file, by chunks of sequences.
+
+    They are stored in the dtype that the model computes in.
+    """
+
+    def __init__(self, n_sequences: int, chunk: int, *, on_disk: bool = False):
+        self.chunks = [slice(i, min(i + chunk, n_sequences)) for i in range(0, n_sequences, chunk)]
+        self._on_disk = on_disk
+        self._held: dict[int, mx.array] = {}
+        self._file: np.ndarray | None = None
+        self._dtype: mx.Dtype | None = None
+
+    def __getitem__(self, i: int) -> mx.array:
+        if self._file is None:
+            return self._held[i]
+        return to_mlx(np.array(self._file[self.chunks[i]])).astype(self._dtype)
+
+    def __setitem__(self, i: int, hidden: mx.array) -> None:
+        mx.eval(hidden)
+        if not self._on_disk:
+            self._held[i] = hidden
+            return
+        if self._file is None:
+            n = self.chunks[-1].stop
+            self._dtype = hidden.dtype
+            flat = spool((n, prod(hidden.shape[1:])), "the activations of the calibration text")
+            self._file = flat.reshape(n, *hidden.shape[1:])
+        self._file[self.chunks[i]] = np.asarray(hidden.astype(mx.float32))
+
+    def copy(self) -> Activations:
+        """The same hidden states, which the other's no longer touch."""
+        new = Activations(self.chunks[-1].stop, self.chunks[0].stop, on_disk=self._on_disk)
+        for i, hidden in enumerate(self):
+            new[i] = hidden
+        return new
+
+    def __iter__(self) -> Iterator[mx.array]:
+        return (self[i] for i in range(len(self.chunks)))
