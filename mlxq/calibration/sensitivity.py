@@ -20,6 +20,7 @@ import numpy as np
 
 from mlxq.calibration.observe import Observations, observing
 from mlxq.calibration.stream import Activations, Block, BlockStream
+from mlxq.errors import CalibrationError
 
 #: Logits that are worked on at a time, in the cache.
 _CHUNK = 1 << 18
@@ -55,7 +56,14 @@ def measure(
         seed: of the tokens that are drawn.
         on_block: called after each block, forwards and backwards.
         on_inputs: shown the second moments of the inputs of each block's matrices, and of the head's, in passing.
+
+    Raises:
+        CalibrationError: the model cannot be run block by block.
     """
+    if stream.whole:
+        raise CalibrationError(
+            f"what bits cost is measured block by block, and this model has to run whole: {stream.whole}"
+        )
     total = 2 * stream.n_blocks + 1
     inputs: list[Activations] = []
     stream.embed()

@@ -8,10 +8,10 @@ run goes on where it was.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from mlxq.calibration.observe import Moments, Observations, observing
 from mlxq.calibration.stream import Activations, Block, BlockStream
 from mlxq.calibration.texts import CalibrationText
 from mlxq.checkpoint.config import context_length
-from mlxq.conversion.code_store import CodeStore
+from mlxq.conversion.code_store import CodeStore, store_key
 from mlxq.conversion.job import Job
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CalibrationError, FormatError
@@ -32,11 +32,14 @@ from mlxq.quantizers import calibrated
 from mlxq.quantizers.curvature import Curvature
 from mlxq.runtime.weights import to_mlx
 from mlxq.types import CancelToken, Progress, ProgressCallback, QuantizedTensor, TensorPlan
+from mlxq.writers.measured import counted
 
 #: Methods that need a calibration text.
 METHODS = ("search", "gptq")
 #: Rows of input, as a share of the number of inputs, below which an expert has no Hessian of its own.
 _LEAST_COVERAGE = 0.25
+#: Tokens that say what goes into a head which is the embedding; more where it is wide.
+_HEAD_TOKENS = 4096
 
 
 @dataclass
@@ -77,9 +80,14 @@ class Calibration:
         """
         with BlockStream(self.parameters, self.text.sequences, on_disk=self._on_disk()) as stream:
             self._n_blocks = stream.n_blocks
+            if stream.whole:
+                self.notes.append(f"{stream.whole}: the whole model was run at once, with all its weights in memory")
             self._embedding(stream)
             stream.run(self._visit)
             self._head(stream)
+        unseen = [name for name in self._plans if name not in self.store]
+        if unseen:
+            self.notes.append(f"the text never reached {counted(unseen)}, rounded to nearest: {unseen[0]}")
         if self._starved:
             n = sum(self._starved.values())
             self.notes.append(
@@ -91,7 +99,7 @@ class Calibration:
         self.cancel.check()
         names = self._names(block.path)
         total = len(activations.chunks) * 2
-        if self.store.finished(block.index + 1) is None and names:
+        if not self._is_done(block.index + 1) and names:
             seen = Observations()
             with observing(block.module, block.path, names, seen):
                 for i, hidden in enumerate(activations):
@@ -110,8 +118,10 @@ class Calibration:
                 raise CalibrationError(f"{block.path}: its output is not finite on the calibration text")
             self._report(block.index, total // 2 + i + 1, total)
 
-    def _quantize(self, step: int, seen: Observations) -> None:
-        codes: dict[str, QuantizedTensor] = {}
+    def _quantize(
+        self, step: int, seen: Observations, others: Mapping[str, QuantizedTensor] = MappingProxyType({})
+    ) -> None:
+        codes = dict(others)
         notes: dict[str, Any] = {"errors": {}, "starved": {}}
         for group in seen.by_input():
             moments = seen.moments[group[0]]
@@ -121,8 +131,15 @@ class Calibration:
                 codes[name], error = self._matrix(name, moments, curvatures, notes)
                 notes["errors"][name] = error
         self.store.put(step, codes, notes)
-        self.errors |= notes["errors"]
-        self._starved |= notes["starved"]
+        self._is_done(step)
+
+    def _is_done(self, step: int) -> bool:
+        """Whether a step is whole, by this run or an earlier one; then what was noted of it counts."""
+        notes = self.store.finished(step)
+        if notes is not None:
+            self.errors |= notes["errors"]
+            self._starved |= notes["starved"]
+        return notes is not None
 
     def _curvatures(self, moments: Moments, group: Sequence[str]) -> list[Curvature | None]:
         """Of each matrix of a stack; None for an expert that saw too little."""
@@ -170,29 +187,52 @@ class Calibration:
         return best[0], np.array([min(errors), errors[1]])
 
     def _embedding(self, stream: BlockStream) -> None:
-        """Matrices that are looked up: searched, all columns alike."""
-        names = [n for n in self._plans if self._plans[n].info.module == "embedding" and not self._is_head(n)]
-        if self.store.finished(0) is None:
-            codes = {}
-            for name in names:
-                plan = self._plans[name]
-                codes[name] = calibrated.quantize(self._weights(name), plan.spec, plan.dtype)[0]
-            self.store.put(0, codes, {})
-        for name in names:
-            layer = stream.part(name.removesuffix(".weight"))
-            layer.weight = mx.array(self._decoded(name))
+        """Matrices that are looked up: searched, all columns alike; one that is the head, too, as a head."""
+        names = [n for n in self._plans if self._plans[n].info.module == "embedding"]
+        if stream.whole:
+            names = [n for n in names if not self._is_head(n)]
+        if not self._is_done(0):
+            seen = self._inputs_of_tied_head([n for n in names if self._is_head(n)])
+            looked_up = {n: self._plans[n] for n in names if n not in seen.order}
+            codes = {n: calibrated.quantize(self._weights(n), p.spec, p.dtype)[0] for n, p in looked_up.items()}
+            self._quantize(0, seen, codes)
+        for name in () if stream.whole else names:
+            path = name.removesuffix(".weight")
+            self._put(stream.part(path), path, name)
         stream.embed()
+
+    def _inputs_of_tied_head(self, names: Sequence[str]) -> Observations:
+        """What the float model sends into a head that is the embedding: its codes are needed before the first block.
+
+        A part of the text says enough of it.
+        """
+        seen = Observations()
+        if not names:
+            return seen
+        n, length = self.text.sequences.shape
+        width = max(self._plans[name].info.shape[-1] for name in names)
+        some = np.linspace(0, n - 1, min(n, -(-max(_HEAD_TOKENS, 4 * width) // length))).astype(int)
+
+        def forwards(block: Block, activations: Activations) -> None:
+            for i, hidden in enumerate(activations):
+                self.cancel.check()
+                activations[i] = block(hidden)
+
+        with BlockStream(self.parameters, self.text.sequences[some], on_disk=self._on_disk()) as stream:
+            stream.embed()
+            stream.run(forwards)
+            return stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")])
 
     def _head(self, stream: BlockStream) -> None:
         step = stream.n_blocks + 1
         names = [n for path in stream.parts for n in self._names(path) if n not in self.store]
-        if self.store.finished(step) is not None or not names:
+        if self._is_done(step) or not names:
             return
         seen = stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")])
         self._quantize(step, seen)
 
     def _names(self, path: str) -> list[str]:
-        return [n for n in self._plans if n.startswith(f"{path}.")]
+        return [n for n in self._plans if n.startswith(f"{path}." if path else "")]
 
     def _is_head(self, name: str) -> bool:
         """Whether an embedding is the output projection, too."""
@@ -223,24 +263,6 @@ class Calibration:
         if self.progress:
             of_all = self._n_blocks * total
             self.progress(Progress("calibrate", index * total + done, of_all, "passes", f"block {index + 1}"))
-
-
-def store_key(
-    parameters: ParameterMap, plan: Plan, text: CalibrationText, request: CalibrationRequest
-) -> dict[str, Any]:
-    """What the codes depend on: the weights' files, the plan, the text, and how it is read."""
-    from mlxq import __version__
-
-    files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameters.checkpoint.files()]
-    sequences = hashlib.sha256(np.ascontiguousarray(text.sequences, "<i4")).hexdigest()
-    planned = [[p.info.name, str(p.spec), p.dtype, p.method] for p in plan.tensors if p.spec is not None]
-    return {
-        "mlxq": __version__,
-        "files": files,
-        "tensors": hashlib.sha256(repr(planned).encode()).hexdigest(),
-        "text": [text.name, text.sha256, sequences],
-        "sweeps": request.sweeps,
-    }
 
 
 def _output_error(errors: np.ndarray, hessian: np.ndarray) -> float:
@@ -288,10 +310,16 @@ def calibrate(
 ) -> tuple[CodeStore, list[str]]:
     """Codes of every tensor that the plan gives to a calibrated method, and notes on how they came about.
 
+    The caller enters the store (`with store`) for the time in which it writes the result.
+
     Raises:
         CalibrationError: activations overflow.
     """
     store = CodeStore(output, store_key(parameters, plan, text, request))
     run = Calibration(parameters, plan, text, request, store, job.progress, job.cancel)
-    run.run()
+    try:
+        run.run()
+    except BaseException as e:
+        store.leave(e)
+        raise
     return store, run.notes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -77,7 +78,7 @@ def to_mlx(
             codes, calibrated = calibrate(job, stage.path, parameters, plan, text, calibration)
         target = mlx_writer.MlxTarget(parameters, plan, weighting, codes)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
-        with stage:
+        with stage, codes or contextlib.nullcontext():
             for name, content in companions.items():
                 stage.write(name, content)
             stage.write("config.json", mlx_writer.config_json(checkpoint.config, plan.tensors, plan.dtype))
@@ -100,8 +101,6 @@ def to_mlx(
             )
             before_commit(stage.stage, described)
             stage.commit()
-        if codes is not None:
-            codes.remove()
         return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))
 
 
