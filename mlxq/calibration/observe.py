@@ -37,10 +37,16 @@ class Moments:
     def empty(cls, n: int, K: int) -> Moments:
         return cls(np.zeros((n, K, K), np.float32), np.zeros(n, np.int64))
 
-    def add(self, x: mx.array, experts: np.ndarray | None) -> None:
-        """Count rows of x `[..., K]`; `experts` says for each which expert of a stack it went to."""
+    def add(self, x: mx.array, experts: np.ndarray | None, weights: np.ndarray | None = None) -> None:
+        """Count rows of x `[..., K]`; `experts` says for each which expert of a stack it went to.
+
+        `weights` float32 `[rows]`, of mean 1, say how much each counts; experts' rows count alike.
+        """
         if experts is None:
-            self._add(0, x.reshape(-1, x.shape[-1]))
+            rows = x.reshape(-1, x.shape[-1])
+            if weights is not None:
+                rows = rows.astype(mx.float32) * mx.array(np.sqrt(weights))[:, None]
+            self._add(0, rows)
             return
         rows = x.reshape(-1, x.shape[-1])
         for expert in np.unique(experts):
@@ -72,12 +78,16 @@ class Observations:
     Attributes:
         moments: of inputs, one object for all matrices with the same input.
         squares: float64 `[N]`, or `[experts, N]`: sums of squared gradients at the outputs.
+        by_token: the same summed over outputs instead, float32 `[tokens]` in pieces, as they were run; not for experts.
         order: names in the order in which the block uses them.
+        weights: how much each token of what is being run counts in `moments`, by name; None: all alike.
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
     squares: dict[str, np.ndarray] = field(default_factory=dict)
+    by_token: dict[str, list[np.ndarray]] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
+    weights: Callable[[str], np.ndarray | None] = field(default=lambda name: None)
 
     def by_input(self) -> list[list[str]]:
         """Names in order, those with the same input together."""
@@ -178,7 +188,7 @@ class _Observed(Proxy):
         rows, which, n = experts or (x, None, 1)
         if into not in moments:
             moments[into] = Moments.empty(n if experts is None else self._module.weight.shape[0], x.shape[-1])
-        moments[into].add(rows, which)
+        moments[into].add(rows, which, None if experts else self._into.weights(into))
 
     def _square(self, experts: tuple[mx.array, np.ndarray, int] | None) -> Callable[[mx.array], None]:
         def take(gradient: mx.array) -> None:
@@ -186,6 +196,7 @@ class _Observed(Proxy):
             squares = self._into.squares
             if experts is None:
                 squares[self._name] = squares.get(self._name, 0) + np.einsum("ij,ij->j", g, g, dtype=np.float64)
+                self._into.by_token.setdefault(self._name, []).append(np.einsum("ij,ij->i", g, g))
                 return
             total = squares.setdefault(self._name, np.zeros((self._module.weight.shape[0], g.shape[-1])))
             np.add.at(total, experts[1], g.astype(np.float64) ** 2)

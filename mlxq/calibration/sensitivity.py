@@ -32,11 +32,14 @@ class Sensitivity:
 
     Attributes:
         squares: parameter name -> float64 `[N]` (or `[experts, N]`): mean squared gradient at each output per token.
+        token_weights: parameter name -> float32 `[n_tokens]`, of mean 1: how much an error of the matrix matters at
+            each token. What error feedback makes small is better weighted so (Kim et al. 2025, "GuidedQuant").
         embedding: float32 `[D, D]`: mean of `g g^T` of the gradients at the embedding's output.
         n_tokens: that were looked at.
     """
 
     squares: Mapping[str, np.ndarray]
+    token_weights: Mapping[str, np.ndarray]
     embedding: np.ndarray
     n_tokens: int
 
@@ -98,7 +101,14 @@ def measure(
         rows = np.asarray(back.astype(mx.float32)).reshape(-1, back.shape[-1])
         gram = gram + rows.T @ rows
     n = stream.n_tokens
-    return Sensitivity({name: s / n for name, s in found.squares.items()}, gram / np.float32(n), n)
+    squares = {name: s / n for name, s in found.squares.items()}
+    weights = {name: _of_mean_1(np.concatenate(pieces)) for name, pieces in found.by_token.items()}
+    return Sensitivity(squares, weights, gram / np.float32(n), n)
+
+
+def _of_mean_1(a: np.ndarray) -> np.ndarray:
+    mean = float(a.mean(dtype=np.float64))
+    return a / np.float32(mean) if mean > 0 else np.ones_like(a)
 
 
 def _through_head(

@@ -19,7 +19,7 @@ from mlxq.plan.planner import Plan
 from mlxq.types import QuantSpec, TensorPlan
 
 #: Tokens that sensitivities are measured on: the costs of two halves of them agree within a few percent.
-_TOKENS = 4096
+_TOKENS = 16384
 #: Share of a memory of that size that is left for the system and other programs.
 _HEADROOM = 0.25
 
@@ -49,9 +49,7 @@ def budget_bytes(request: BudgetRequest, plan: Plan, config: dict[str, Any]) -> 
     return left
 
 
-def within_budget(
-    job: Job, parameters: ParameterMap, plan: Plan, text: CalibrationText, request: BudgetRequest
-) -> Plan:
+def within_budget(parameters: ParameterMap, plan: Plan, costs: Costs, request: BudgetRequest) -> Plan:
     """The plan with each quantized tensor's grid chosen such that the whole fits and costs least.
 
     Tensors that `--tensor-type` names keep what it says.
@@ -62,7 +60,6 @@ def within_budget(
     budget = budget_bytes(request, plan, parameters.checkpoint.config)
     free = {p.info.name: p for p in plan.tensors if p.spec is not None and _is_free(p)}
     fixed = plan.nbytes - sum(plan.nbytes_by_name[name] for name in free)
-    costs = costs_of(job, parameters, plan, text, request)
     missing = [name for name in free if name not in costs.by_tensor]
     if missing:
         raise PlanError(f"{request.costs}: says nothing of {missing[0]}; it was measured on another model")
@@ -81,13 +78,15 @@ def within_budget(
     return dataclasses.replace(plan, tensors=tensors, notes=(*plan.notes, note))
 
 
-def costs_of(job: Job, parameters: ParameterMap, plan: Plan, text: CalibrationText, request: BudgetRequest) -> Costs:
-    """Costs from the file that the request names, or measured, and written there."""
+def costs_of(
+    job: Job, parameters: ParameterMap, plan: Plan, text: CalibrationText, request: BudgetRequest, seed: int
+) -> Costs:
+    """Costs from the file that the request names, or measured on a part of the text, and written there."""
     path = Path(request.costs).expanduser() if request.costs else None
     if path is not None and path.exists():
         return Costs.read(path)
     n = max(1, _TOKENS // text.sequences.shape[1])
-    costs = measure_costs(parameters, plan, text.sequences[:n], job.progress, job.cancel)
+    costs = measure_costs(parameters, plan, text.sequences[:n], job.progress, job.cancel, seed)
     if path is not None:
         costs.write(path)
     return costs

@@ -8,7 +8,7 @@ run goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -23,6 +23,7 @@ from mlxq.calibration.stream import Activations, Block, BlockStream
 from mlxq.calibration.texts import CalibrationText
 from mlxq.checkpoint.config import context_length
 from mlxq.conversion.code_store import CodeStore, store_key
+from mlxq.conversion.costs import Costs, digest
 from mlxq.conversion.job import Job
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CalibrationError, FormatError
@@ -59,6 +60,7 @@ class Calibration:
     store: CodeStore
     progress: ProgressCallback | None
     cancel: CancelToken
+    costs: Costs | None = None
     notes: list[str] = field(default_factory=list)
     errors: dict[str, list[float]] = field(default_factory=dict)
 
@@ -69,6 +71,11 @@ class Calibration:
             if p.spec is not None and p.method in METHODS and p.action != "repack"
         }
         self._starved: dict[str, int] = {}
+        length = self.text.sequences.shape[1]
+        self._measured = self.costs.sensitivity if self.costs else None
+        if self._measured and self.costs.text != digest(self.text.sequences[: self._measured.n_tokens // length]):
+            self.notes.append("the costs were measured on another text, so all tokens of this one count alike")
+            self._measured = None
 
     def run(self) -> None:
         """Quantize every planned matrix.
@@ -104,6 +111,7 @@ class Calibration:
             with observing(block.module, block.path, names, seen):
                 for i, hidden in enumerate(activations):
                     self.cancel.check()
+                    seen.weights = self._weights_of(activations.chunks[i])
                     mx.eval(block(hidden))
                     self._report(block.index, i + 1, total)
             self._quantize(block.index + 1, seen)
@@ -117,6 +125,24 @@ class Calibration:
             if not bool(mx.isfinite(output).all()):
                 raise CalibrationError(f"{block.path}: its output is not finite on the calibration text")
             self._report(block.index, total // 2 + i + 1, total)
+
+    def _weights_of(self, chunk: slice) -> Callable[[str], np.ndarray | None]:
+        """How much each token of some sequences counts for a matrix's Hessian: half alike, half by its gradients.
+
+        Measured: KL of 4-bit codes 0.0727 with all alike, 0.0653 by gradients alone, 0.0620 by halves.
+        """
+        length = self.text.sequences.shape[1]
+
+        def of(name: str) -> np.ndarray | None:
+            found = self._measured.token_weights.get(name) if self._measured else None
+            if found is None:
+                return None
+            weights = np.ones((chunk.stop - chunk.start) * length, np.float32)
+            known = found[chunk.start * length : chunk.stop * length]
+            weights[: len(known)] = 0.5 + 0.5 * known
+            return weights
+
+        return of
 
     def _quantize(
         self, step: int, seen: Observations, others: Mapping[str, QuantizedTensor] = MappingProxyType({})
@@ -187,14 +213,18 @@ class Calibration:
         return best[0], np.array([min(errors), errors[1]])
 
     def _embedding(self, stream: BlockStream) -> None:
-        """Matrices that are looked up: searched, all columns alike; one that is the head, too, as a head."""
+        """Matrices that are looked up: by the gradients that come back to them, else searched; one that is the head, too, as a head."""
         names = [n for n in self._plans if self._plans[n].info.module == "embedding"]
         if stream.whole:
             names = [n for n in names if not self._is_head(n)]
         if not self._is_done(0):
             seen = self._inputs_of_tied_head([n for n in names if self._is_head(n)])
             looked_up = {n: self._plans[n] for n in names if n not in seen.order}
-            codes = {n: calibrated.quantize(self._weights(n), p.spec, p.dtype)[0] for n, p in looked_up.items()}
+            curvature = Curvature.of(self._measured.embedding) if self._measured and looked_up else None
+            codes = {
+                n: calibrated.quantize(self._weights(n), p.spec, p.dtype, curvature=curvature)[0]
+                for n, p in looked_up.items()
+            }
             self._quantize(0, seen, codes)
         for name in () if stream.whole else names:
             path = name.removesuffix(".weight")
@@ -306,7 +336,13 @@ def read_text(job: Job, parameters: ParameterMap, request: CalibrationRequest) -
 
 
 def calibrate(
-    job: Job, output: Path, parameters: ParameterMap, plan: Plan, text: CalibrationText, request: CalibrationRequest
+    job: Job,
+    output: Path,
+    parameters: ParameterMap,
+    plan: Plan,
+    text: CalibrationText,
+    request: CalibrationRequest,
+    costs: Costs | None = None,
 ) -> tuple[CodeStore, list[str]]:
     """Codes of every tensor that the plan gives to a calibrated method, and notes on how they came about.
 
@@ -315,8 +351,8 @@ def calibrate(
     Raises:
         CalibrationError: activations overflow.
     """
-    store = CodeStore(output, store_key(parameters, plan, text, request))
-    run = Calibration(parameters, plan, text, request, store, job.progress, job.cancel)
+    store = CodeStore(output, store_key(parameters, plan, text, request, costs.text if costs else None))
+    run = Calibration(parameters, plan, text, request, store, job.progress, job.cancel, costs)
     try:
         run.run()
     except BaseException as e:

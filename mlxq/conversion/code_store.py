@@ -201,9 +201,14 @@ def _described(tensor: QuantizedTensor | np.ndarray) -> dict[str, Any]:
 
 
 def store_key(
-    parameters: ParameterMap, plan: Plan, text: CalibrationText, request: CalibrationRequest
+    parameters: ParameterMap,
+    plan: Plan,
+    text: CalibrationText,
+    request: CalibrationRequest,
+    measured: str | None = None,
 ) -> dict[str, Any]:
-    """What the codes depend on: the weights' files, the plan, the text, and how it is read."""
+    """What the codes depend on: the weights' files, the plan, the text, how it is read, and the digest of the part of
+    it that sensitivities were `measured` on."""
     from mlxq import __version__
 
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameters.checkpoint.files()]
@@ -216,4 +221,5 @@ def store_key(
         "tensors": hashlib.sha256(repr(planned).encode()).hexdigest(),
         "text": [text.name, text.sha256, sequences],
         "request": asked,
+        "measured": measured,
     }

@@ -13,7 +13,7 @@ from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.conversion.budget import within_budget
+from mlxq.conversion.budget import costs_of, within_budget
 from mlxq.conversion.calibrated import calibrate, is_needed, read_text
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
@@ -57,11 +57,12 @@ def to_mlx(
             dropped=parameters.dropped,
             model_dtype=checkpoint.config.get("torch_dtype"),
         )
-        text = None
+        text = costs = None
         if budget or is_needed(plan):
             text = read_text(job, parameters, calibration)
         if budget:
-            plan = within_budget(job, parameters, plan, text, budget)
+            costs = costs_of(job, parameters, plan, text, budget, calibration.seed)
+            plan = within_budget(parameters, plan, costs, budget)
         names = gguf_names(parameters) if importance else {}
         without = check_importance(importance, plan.tensors, names)
         if job.on_plan:
@@ -75,7 +76,7 @@ def to_mlx(
         weighting = Weighting(importance, {name: mapped.name for name, mapped in names.items()})
         codes, calibrated = None, list[str]()
         if is_needed(plan):
-            codes, calibrated = calibrate(job, stage.path, parameters, plan, text, calibration)
+            codes, calibrated = calibrate(job, stage.path, parameters, plan, text, calibration, costs)
         target = mlx_writer.MlxTarget(parameters, plan, weighting, codes)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage, codes or contextlib.nullcontext():
