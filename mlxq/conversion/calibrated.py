@@ -213,7 +213,10 @@ class Calibration:
         return best[0], np.array([min(errors), errors[1]])
 
     def _embedding(self, stream: BlockStream) -> None:
-        """Matrices that are looked up: by the gradients that come back to them, else searched; one that is the head, too, as a head."""
+        """Matrices that are looked up: by the gradients that come back to them, else searched.
+
+        One that is the head, too, is quantized as a head.
+        """
         names = [n for n in self._plans if self._plans[n].info.module == "embedding"]
         if stream.whole:
             names = [n for n in names if not self._is_head(n)]
