@@ -10,7 +10,8 @@ first (`structure`); such a model is run as one block, whole.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import mlx.core as mx
@@ -23,10 +24,10 @@ from mlxq.calibration.observe import InputSeen, Observations, observing
 from mlxq.calibration.structure import OnCall, Passed, logits_of, passed_to_blocks
 from mlxq.errors import CalibrationError
 from mlxq.runtime.block_layout import BlockLayout, LazyModule, NotStreamable, Proxy
-from mlxq.runtime.layers import install_layers
+from mlxq.runtime.layers import install_layers, with_float_weight
 from mlxq.runtime.weights import load_parameters, release_parameters
 
-__all__ = ["Activations", "Block", "BlockStream", "BlockVisitor"]
+__all__ = ["Activations", "Block", "BlockStream", "BlockVisitor", "put_weight"]
 
 #: Bytes of hidden states in a chunk, about: large products, and some hundred MB inside a block.
 _CHUNK_BYTES = 12 << 20
@@ -138,8 +139,8 @@ class BlockStream:
         self._on_call = on_call
         return self._model(tokens)
 
-    def embed(self) -> None:
-        """Hidden states before the first block."""
+    def embed(self, instead: Mapping[str, mx.array] = MappingProxyType({})) -> None:
+        """Hidden states before the first block; `instead` are float weights of embeddings, by their paths."""
         n, length = self._sequences.shape
         if self.whole is not None:
             self.activations = Activations(n, 1)
@@ -152,12 +153,26 @@ class BlockStream:
         def stop(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise _FirstBlock(args[0])
 
-        for i, part in enumerate(self.activations.chunks):
-            try:
-                self._forward(mx.array(self._sequences[part]), stop)
-            except _FirstBlock as e:
-                self.activations[i] = e.hidden
+        with self._with_weights(instead):
+            for i, part in enumerate(self.activations.chunks):
+                try:
+                    self._forward(mx.array(self._sequences[part]), stop)
+                except _FirstBlock as e:
+                    self.activations[i] = e.hidden
         self._layout.release()
+
+    @contextlib.contextmanager
+    def _with_weights(self, weights: Mapping[str, mx.array]) -> Iterator[None]:
+        """Layers beside the blocks compute with other weights; those that were read are not read for it."""
+        with contextlib.ExitStack() as stack:
+            for owner, attribute, path in self._layout.parts:
+                lazy = owner[attribute]
+                if path in weights:
+                    owner[attribute] = with_float_weight(lazy.unread, weights[path])
+                    stack.callback(owner.__setitem__, attribute, lazy)
+                for inside in (p for p in weights if p.startswith(f"{path}.")):
+                    put_weight(lazy, inside.removeprefix(f"{path}."), weights[inside])
+            yield
 
     def run(self, visit: BlockVisitor) -> None:
         """Let `visit` see every block in turn, with its parameters in memory; it moves the activations on."""
@@ -207,13 +222,6 @@ class BlockStream:
         """Logits `[S, L, vocabulary]` for what came out of the last block, `[S, L, D]`; lazy."""
         return logits_of(self._forward(mx.zeros(hidden.shape[:2], mx.int32), lambda index, args, kwargs: hidden))
 
-    def part(self, path: str) -> Any:
-        """The module beside the blocks at `path` (`lm_head`, `model.embed_tokens`), read at its first use."""
-        found = self._model
-        for name in path.split("."):
-            found = found[int(name)] if isinstance(found, list) else found[name]
-        return found
-
     @property
     def n_tokens(self) -> int:
         return self._sequences.size
@@ -238,6 +246,17 @@ class BlockStream:
     def _intercept(self, index: int, lazy: LazyModule) -> Proxy:
         self._lazy.append(lazy)
         return _Intercepted(lazy, index, self)
+
+
+def put_weight(owner: Any, path: str, weight: mx.array) -> None:
+    """Let the layer at `path` inside a module compute with another float weight, whatever held its own."""
+    *parents, last = path.split(".")
+    for name in parents:
+        owner = owner[int(name)] if isinstance(owner, list) else owner[name]
+    if isinstance(owner, list):
+        owner[int(last)] = with_float_weight(owner[int(last)], weight)
+    else:
+        owner[last] = with_float_weight(owner[last], weight)
 
 
 class _FirstBlock(Exception):

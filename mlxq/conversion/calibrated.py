@@ -19,7 +19,7 @@ import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.observe import Moments, Observations, observing
-from mlxq.calibration.stream import Activations, Block, BlockStream
+from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight
 from mlxq.calibration.texts import CalibrationText
 from mlxq.checkpoint.config import context_length
 from mlxq.conversion.code_store import CodeStore, store_key
@@ -85,6 +85,7 @@ class Calibration:
             FormatError: weights that are not finite, or beyond the scales' dtype.
             Cancelled: through `cancel`.
         """
+        self.cancel.check()
         with BlockStream(self.parameters, self.text.sequences, on_disk=self._on_disk()) as stream:
             self._n_blocks = stream.n_blocks
             if stream.whole:
@@ -229,10 +230,8 @@ class Calibration:
                 for n, p in looked_up.items()
             }
             self._quantize(0, seen, codes)
-        for name in () if stream.whole else names:
-            path = name.removesuffix(".weight")
-            self._put(stream.part(path), path, name)
-        stream.embed()
+        looked_up = () if stream.whole else names
+        stream.embed({n.removesuffix(".weight"): to_mlx(self._decoded(n)) for n in looked_up})
 
     def _inputs_of_tied_head(self, names: Sequence[str]) -> Observations:
         """What the float model sends into a head that is the embedding: its codes are needed before the first block.
@@ -282,7 +281,8 @@ class Calibration:
 
     def _put(self, module: Any, prefix: str, name: str) -> None:
         """Put the decoded weights into the block that runs."""
-        module.load_weights([(name.removeprefix(f"{prefix}."), to_mlx(self._decoded(name)))], strict=False)
+        path = name.removesuffix(".weight")
+        put_weight(module, path.removeprefix(f"{prefix}."), to_mlx(self._decoded(name)))
 
     def _on_disk(self) -> bool:
         limit = self.request.max_memory

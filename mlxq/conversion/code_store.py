@@ -99,7 +99,7 @@ class CodeStore:
             for place in found.values():
                 self._arrays(place)
             whole = "notes" in meta
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError):
             return False
         if whole:
             self._places |= found

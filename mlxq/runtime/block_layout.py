@@ -144,6 +144,11 @@ class Proxy:
     def _prepare(self) -> None:
         pass
 
+    @property
+    def unread(self) -> nn.Module:
+        """The module, whose parameters may not be there."""
+        return self._module
+
     def __getattr__(self, name: str) -> Any:
         self._prepare()
         return getattr(self._module, name)

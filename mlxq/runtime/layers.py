@@ -244,6 +244,26 @@ def _may_be_ours(layer: _Quantized) -> bool:
     return choices.ever_faster(Product(layer.bits, layer.group_size, "", N, K, experts[0] if experts else 0))
 
 
+def with_float_weight(layer: nn.Module, weight: mx.array) -> nn.Module:
+    """A layer that computes as `layer`, one of ours however it holds its weight, would with another, float `weight`.
+
+    Of a layer that is not ours the weight is replaced where it is float, in place; a quantized one stays as it is.
+    """
+    ours = next((k for k in _LAYERS.values() if isinstance(layer, (k.plain, k.quantized, k.blocks))), None)
+    if ours is None:
+        if "scales" not in layer:
+            layer.weight = weight
+        return layer
+    new = ours.plain.__new__(ours.plain)
+    nn.Module.__init__(new)
+    new.weight = weight
+    if "bias" in layer:
+        new.bias = layer.bias
+    if isinstance(new, Embedding):
+        new.compute_dtype = getattr(layer, "compute_dtype", None)
+    return new
+
+
 def _replacement(layer: nn.Module, info: TensorInfo, compact: bool) -> nn.Module:
     ours = _LAYERS.get(type(layer))
     if ours is not None and keeps_blocks(info, compact):
