@@ -118,7 +118,7 @@ def convert(
         return to_both(job, outputs, options, request, imatrix)
     of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
-    of_mlx |= {"--method": method, "--target-bpw": target_bpw, "--target-size": target_size, "--fit": fit}
+    of_mlx |= {"--target-bpw": target_bpw, "--target-size": target_size, "--fit": fit}
     given = next((name for name, value in of_gguf.items() if value is not None), None)
     if is_gguf(job.output) or (job.output is None and given):
         if recipe == "portable":
@@ -126,7 +126,8 @@ def convert(
         _refuse(of_mlx, "an MLX directory; a GGUF file takes --type and --tensor-type REGEX=TYPE")
         from mlxq.conversion.to_gguf import to_gguf
 
-        return to_gguf(job, GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile))
+        request = GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile, method=method)
+        return to_gguf(job, request, calibration=calibration)
     if recipe == "portable":
         del of_gguf["--imatrix"]
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")

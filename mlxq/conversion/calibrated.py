@@ -22,17 +22,17 @@ from mlxq.calibration.observe import Moments, Observations, observing
 from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight
 from mlxq.calibration.texts import CalibrationText
 from mlxq.checkpoint.config import context_length
-from mlxq.conversion.code_store import CodeStore, store_key
+from mlxq.conversion.code_store import Codes, CodeStore, store_key
+from mlxq.conversion.coders import coder_of
 from mlxq.conversion.costs import Costs, digest
 from mlxq.conversion.job import Job
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CalibrationError, FormatError
 from mlxq.formats import floats
 from mlxq.plan.planner import Plan
-from mlxq.quantizers import calibrated
 from mlxq.quantizers.curvature import Curvature
 from mlxq.runtime.weights import to_mlx
-from mlxq.types import CancelToken, Progress, ProgressCallback, QuantizedTensor, TensorPlan
+from mlxq.types import CancelToken, Progress, ProgressCallback, TensorPlan
 from mlxq.writers.measured import counted
 
 #: Methods that need a calibration text.
@@ -65,11 +65,8 @@ class Calibration:
     errors: dict[str, list[float]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._plans = {
-            p.info.name: p
-            for p in self.plan.tensors
-            if p.spec is not None and p.method in METHODS and p.action != "repack"
-        }
+        self._plans = {p.info.name: p for p in self.plan.tensors if _is_calibrated(p)}
+        self._coder = coder_of(self.plan)
         self._starved: dict[str, int] = {}
         length = self.text.sequences.shape[1]
         self._measured = self.costs.sensitivity if self.costs else None
@@ -145,9 +142,7 @@ class Calibration:
 
         return of
 
-    def _quantize(
-        self, step: int, seen: Observations, others: Mapping[str, QuantizedTensor] = MappingProxyType({})
-    ) -> None:
+    def _quantize(self, step: int, seen: Observations, others: Mapping[str, Codes] = MappingProxyType({})) -> None:
         codes = dict(others)
         notes: dict[str, Any] = {"errors": {}, "starved": {}}
         for group in seen.by_input():
@@ -176,14 +171,17 @@ class Calibration:
         for i, n in enumerate(moments.counts):
             enough = len(moments.counts) == 1 or n >= _LEAST_COVERAGE * moments.total.shape[-1]
             try:
-                out.append(Curvature.of(moments.hessian(i)) if enough else None)
+                out.append(self._curvature(moments.hessian(i)) if enough else None)
             except FormatError as e:
                 raise CalibrationError(f"{group[0]}: {e}") from e
         return out
 
+    def _curvature(self, hessian: np.ndarray) -> Curvature:
+        return Curvature.of(hessian, sizes=self._coder.sizes)
+
     def _matrix(
         self, name: str, moments: Moments, curvatures: Sequence[Curvature | None], notes: dict[str, Any]
-    ) -> tuple[QuantizedTensor, list[float]]:
+    ) -> tuple[Codes, list[float]]:
         plan = self._plans[name]
         w = self._weights(name)
         matrices = w.reshape(-1, *w.shape[-2:])
@@ -198,16 +196,15 @@ class Calibration:
             part, error = self._best(matrix, plan, curvature, importance.astype(np.float32), moments.hessian(i))
             parts.append(part)
             errors += error
-        return _stacked(parts, w.shape), [float(e) for e in errors]
+        return self._coder.stacked(parts, w.shape), [float(e) for e in errors]
 
     def _best(
         self, w: np.ndarray, plan: TensorPlan, curvature: Curvature | None, importance: np.ndarray, hessian: np.ndarray
-    ) -> tuple[QuantizedTensor, np.ndarray]:
+    ) -> tuple[Codes, np.ndarray]:
         """What loses least on the calibration text: the method's codes, or those of rounding to nearest."""
-        made = calibrated.quantize(
-            w, plan.spec, plan.dtype, curvature=curvature, importance=importance, sweeps=self.request.sweeps
-        )
-        plain = calibrated.rounded(w, plan.spec, plan.dtype)
+        how = {"curvature": curvature, "importance": importance, "sweeps": self.request.sweeps}
+        made = self._coder.quantize(w, plan, **how)
+        plain = self._coder.rounded(w, plan)
         size = max(_output_error(w, hessian), 1e-30)
         errors = [_output_error(w - w_hat, hessian) / size for _, w_hat in (made, plain)]
         best = made if errors[0] <= errors[1] else plain
@@ -224,11 +221,8 @@ class Calibration:
         if not self._is_done(0):
             seen = self._inputs_of_tied_head([n for n in names if self._is_head(n)])
             looked_up = {n: self._plans[n] for n in names if n not in seen.order}
-            curvature = Curvature.of(self._measured.embedding) if self._measured and looked_up else None
-            codes = {
-                n: calibrated.quantize(self._weights(n), p.spec, p.dtype, curvature=curvature)[0]
-                for n, p in looked_up.items()
-            }
+            curvature = self._curvature(self._measured.embedding) if self._measured and looked_up else None
+            codes = {n: self._coder.quantize(self._weights(n), p, curvature=curvature)[0] for n, p in looked_up.items()}
             self._quantize(0, seen, codes)
         looked_up = () if stream.whole else names
         stream.embed({n.removesuffix(".weight"): to_mlx(self._decoded(n)) for n in looked_up})
@@ -275,9 +269,7 @@ class Calibration:
         return floats.to_float32(w, floats.dtype_of(w))
 
     def _decoded(self, name: str) -> np.ndarray:
-        from mlxq.formats import crossings
-
-        return crossings.dequantize(self.store.read(name))
+        return self._coder.decoded(self.store.read(name), self._plans[name])
 
     def _put(self, module: Any, prefix: str, name: str) -> None:
         """Put the decoded weights into the block that runs."""
@@ -303,18 +295,13 @@ def _output_error(errors: np.ndarray, hessian: np.ndarray) -> float:
     return float(np.einsum("nk,nk->", errors @ hessian, errors, dtype=np.float64))
 
 
-def _stacked(parts: Sequence[QuantizedTensor], shape: tuple[int, ...]) -> QuantizedTensor:
-    first = parts[0]
-    if len(shape) == 2:
-        return first
-    arrays = [np.stack([getattr(p, a) for p in parts]) for a in ("w_q", "scales", "biases")]
-    arrays = [a.reshape(*shape[:-1], a.shape[-1]) for a in arrays]
-    return QuantizedTensor(*arrays, first.spec, shape, first.dtype)
-
-
 def is_needed(plan: Plan) -> bool:
     """Whether any tensor is quantized by a method that needs a text."""
-    return any(p.method in METHODS and p.spec is not None and p.action != "repack" for p in plan.tensors)
+    return any(_is_calibrated(p) for p in plan.tensors)
+
+
+def _is_calibrated(plan: TensorPlan) -> bool:
+    return plan.method in METHODS and plan.action in ("quantize", "requantize")
 
 
 def read_text(job: Job, parameters: ParameterMap, request: CalibrationRequest) -> CalibrationText:

@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from mlxq.errors import Cancelled, MlxqError, OutputError
 from mlxq.plan.planner import Plan
 from mlxq.types import QuantizedTensor, QuantSpec
 from mlxq.writers.files import remove_tree, sync, writing
+
+#: Affine codes, or a uint8 array of ggml's blocks.
+Codes: TypeAlias = QuantizedTensor | np.ndarray
 
 _PARTS = ("w_q", "scales", "biases")
 _KEY, _TENSORS = "key.json", "tensors.json"
@@ -110,7 +113,7 @@ class CodeStore:
         path = self.path / f"{step:04d}"
         return json.loads((path / _TENSORS).read_text())["notes"] if path.is_dir() else None
 
-    def put(self, step: int, tensors: Mapping[str, QuantizedTensor | np.ndarray], notes: dict[str, Any]) -> None:
+    def put(self, step: int, tensors: Mapping[str, Codes], notes: dict[str, Any]) -> None:
         """Store the tensors of a step, affine or uint8 arrays of ggml blocks; after a crash all are there, or none.
 
         Raises:
@@ -140,7 +143,7 @@ class CodeStore:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
-    def read(self, name: str, rows: slice | None = None) -> QuantizedTensor | np.ndarray:
+    def read(self, name: str, rows: slice | None = None) -> Codes:
         """A tensor, or some rows of its first axis."""
         place = self._places[name]
         taken = {part: np.array(a if rows is None else a[rows]) for part, a in self._arrays(place).items()}
@@ -185,11 +188,11 @@ class CodeStore:
                 parent.rmdir()
 
 
-def _parts(tensor: QuantizedTensor | np.ndarray) -> dict[str, np.ndarray]:
+def _parts(tensor: Codes) -> dict[str, np.ndarray]:
     return {"blocks": tensor} if isinstance(tensor, np.ndarray) else {part: getattr(tensor, part) for part in _PARTS}
 
 
-def _described(tensor: QuantizedTensor | np.ndarray) -> dict[str, Any]:
+def _described(tensor: Codes) -> dict[str, Any]:
     if isinstance(tensor, np.ndarray):
         return {}
     return {

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxq.errors import PlanError
+from mlxq.types import Method
 
 GGUF_SUFFIX = ".gguf"
 MODELFILE = "Modelfile"
@@ -49,7 +50,11 @@ class BudgetRequest:
 
 @dataclass(frozen=True)
 class GgufRequest:
-    """What was asked for of a GGUF file; see `mlxq.convert`. `as_stored` never quantizes."""
+    """What was asked for of a GGUF file; see `mlxq.convert`. `as_stored` never quantizes.
+
+    Raises:
+        PlanError: statistics from a file and from a text.
+    """
 
     type: str | None = None
     tensor_types: tuple[str, ...] = ()
@@ -58,6 +63,14 @@ class GgufRequest:
     pre: str | None = None
     modelfile: bool = False
     as_stored: bool = False
+    method: Method | None = None
+
+    def __post_init__(self) -> None:
+        if self.imatrix is not None and self.method is not None:
+            raise PlanError(
+                f"--method {self.method} and --imatrix exclude one another: importance comes from the calibration "
+                "text, or from the file"
+            )
 
     def beside(self, path: Path) -> tuple[str, ...]:
         """Names of the files that stand beside the GGUF file."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from mlxq.checkpoint.gguf.fields import config_name
 from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor, architecture_for
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
+from mlxq.conversion.calibrated import METHODS, calibrate, is_needed, read_text
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
-from mlxq.conversion.request import MODELFILE, GgufRequest, manifest_name
+from mlxq.conversion.request import MODELFILE, CalibrationRequest, GgufRequest, manifest_name
 from mlxq.errors import CheckpointError, PlanError
 from mlxq.formats import crossings
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
@@ -36,13 +37,17 @@ _ROWS = 1 << 14
 
 
 def to_gguf(
-    job: Job, request: GgufRequest, compare: Callable[[Path], list[str]] = lambda staged: []
+    job: Job,
+    request: GgufRequest,
+    compare: Callable[[Path], list[str]] = lambda staged: [],
+    calibration: CalibrationRequest = CalibrationRequest(),  # noqa: B008
 ) -> ConversionResult:
     """Plan, write and prove a GGUF file; see `mlxq.convert`.
 
-    `compare` is called with the file while that is staged, and gives notes for the manifest.
+    `compare` is called with the file while that is staged, and gives notes for the manifest. `calibration` is for
+    methods that read a text.
     """
-    options = GgufOptions(request.type, request.tensor_types, request.exact, request.as_stored)
+    options = GgufOptions(request.type, request.tensor_types, request.exact, request.as_stored, request.method)
     stage = None
     if not job.dry_run:
         stage = OutputFile(job.path, overwrite=job.overwrite, beside=request.beside(job.path))
@@ -55,7 +60,8 @@ def to_gguf(
         _, arch = architecture_for(checkpoint.config)
         parameters = ParameterMap(checkpoint)
         names = gguf_names(parameters)
-        plan = _plan(parameters, names, options, _model(checkpoint.config, arch), importance is not None)
+        has_importance = importance is not None or request.method in METHODS
+        plan = _plan(parameters, names, options, _model(checkpoint.config, arch), has_importance)
         without = check_importance(importance, plan.tensors, names)
         # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.
         metadata = file_metadata(checkpoint, arch, plan, source=job.source_name, pre=request.pre)
@@ -67,11 +73,15 @@ def to_gguf(
             return ConversionResult(None, plan, checkpoint.config, stored_names=stored_names)
         stage.check_space(plan.nbytes + OTHER_FILES)
         weighting = Weighting(importance, stored_names)
-        target = GgufTarget(parameters, plan, names, metadata, rope, weighting, stage.path.name)
+        codes, calibrated = None, list[str]()
+        if is_needed(plan):
+            text = read_text(job, parameters, calibration)
+            codes, calibrated = calibrate(job, stage.path, parameters, plan, text, calibration)
+        target = GgufTarget(parameters, plan, names, metadata, rope, weighting, stage.path.name, codes)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
-        with stage:
+        with stage, codes or contextlib.nullcontext():
             digests = stage.fill(weights.write)
-            notes = [*target.notes(), *without, *metadata_notes(checkpoint)]
+            notes = [*target.notes(), *without, *calibrated, *metadata_notes(checkpoint)]
             if request.exact:
                 _refuse_changed(target.errors.relative_rmse, names)
             verification = job.prove(parameters, stage.staged, plan)
@@ -82,7 +92,7 @@ def to_gguf(
                 manifest_name(stage.path),
                 manifest_json(
                     source=job.describe(checkpoint, digests.source),
-                    options=job.options | dataclasses.asdict(request) | {"imatrix": _name(request.imatrix)},
+                    options=job.options | _options(request, calibration if codes else None),
                     plan=plan,
                     files=digests.written,
                     verification=verification.to_dict() if verification else None,
@@ -97,8 +107,13 @@ def to_gguf(
         )
 
 
-def _name(path: str | os.PathLike[str] | None) -> str | None:
-    return None if path is None else Path(path).name
+def _options(request: GgufRequest, calibration: CalibrationRequest | None) -> dict[str, Any]:
+    """What was asked for, as the manifest says it: file names without their places."""
+    out = dataclasses.asdict(request)
+    out["imatrix"] = None if request.imatrix is None else Path(request.imatrix).name
+    if calibration is not None:
+        out["calibration"] = dataclasses.asdict(calibration) | {"source": Path(calibration.source).name}
+    return out
 
 
 def _model(config: dict[str, Any], arch: GgufArchitecture) -> GgufModel:

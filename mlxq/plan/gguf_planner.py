@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxq.errors import PlanError
 from mlxq.plan.gguf_file_types import file_type
 from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import Overrides
-from mlxq.plan.planner import Plan
-from mlxq.types import FLOAT_BYTES, TensorInfo, TensorPlan
+from mlxq.plan.planner import METHODS, Plan
+from mlxq.types import FLOAT_BYTES, Method, TensorInfo, TensorPlan
 
 #: File type of a float model when none is asked for: the usual compromise.
 DEFAULT_FILE_TYPE = "Q4_K_M"
@@ -25,19 +25,23 @@ class GgufOptions:
 
     `file_type` None means: as the source holds it, or for a float source `DEFAULT_FILE_TYPE` (unless `as_stored`).
     `tensor_types` are `REGEX=TYPE`, searched in the GGUF names. `exact` refuses whatever changes a decoded weight.
+    `method` is how codes of matrices are chosen; by default each weight counts alike.
 
     Raises:
-        PlanError: an unknown file type.
+        PlanError: an unknown file type or method.
     """
 
     file_type: str | None = None
     tensor_types: tuple[str, ...] = ()
     exact: bool = False
     as_stored: bool = False
+    method: Method | None = None
 
     def __post_init__(self) -> None:
         if self.file_type is not None:
             object.__setattr__(self, "file_type", file_type(self.file_type)[0])
+        if self.method is not None and self.method not in METHODS:
+            raise PlanError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def make_gguf_plan(
         notes = _fallbacks(chosen)
     if options.exact:
         _refuse_lossy(sources, plans)
+    plans = [_with_method(p, options.method) for p in plans]
     return Plan(tuple(plans), wanted or "as stored", dropped, notes)
 
 
@@ -127,6 +132,12 @@ def _plan(source: GgufSource, type_name: str, reason: str) -> TensorPlan:
         return TensorPlan(info, "repack", None, type_name, f"{reason}; codes as in the source, scales in float16")
     action = "keep" if type_name in FLOAT_BYTES else "requantize"
     return TensorPlan(info, action, None, type_name, f"{reason} (source: {info.spec or info.dtype})")
+
+
+def _with_method(plan: TensorPlan, method: Method | None) -> TensorPlan:
+    """Matrices of layers are calibrated; what else is quantized has no inputs to look at."""
+    calibrated = plan.action in ("quantize", "requantize") and plan.info.module != "other"
+    return replace(plan, method=method) if method is not None and calibrated else plan
 
 
 def _refuse_lossy(sources: Sequence[GgufSource], plans: Sequence[TensorPlan]) -> None:

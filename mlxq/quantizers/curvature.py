@@ -39,9 +39,7 @@ class Curvature:
     damp: float
 
     @classmethod
-    def of(
-        cls, hessian: np.ndarray, damp: float = DAMP, *, sizes: Sequence[int] = AFFINE_GROUP_SIZES
-    ) -> Curvature:
+    def of(cls, hessian: np.ndarray, damp: float = DAMP, *, sizes: Sequence[int] = AFFINE_GROUP_SIZES) -> Curvature:
         """Factorize a Hessian float32 `[K, K]`.
 
         Groups of columns with much input come first, and so do the columns within a group: what they lose is made up

@@ -19,11 +19,9 @@ from mlxq.errors import FormatError
 from mlxq.formats import crossings, iq4, kquants
 from mlxq.formats.geometry import block_format
 from mlxq.formats.superblocks import K_TYPES, SuperBlocks
-from mlxq.quantizers.ggml import asymmetric, symmetric
+from mlxq.quantizers.ggml import asymmetric, line_search, scale_search, symmetric
 from mlxq.quantizers.ggml import iq4 as iq4_encoder
-from mlxq.quantizers.ggml import line_search, scale_search
 from mlxq.quantizers.ggml.tiles import NumpyTile
-
 
 #: Weights that an order of columns has to keep together so that it serves every type.
 SIZES = (16, 32, 256)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxq.errors import FormatError
 from mlxq.quantizers.curvature import Curvature
-from mlxq.quantizers.ggml.block_types import TYPES, BlockType, Scales
+from mlxq.quantizers.ggml.block_types import TYPES, BlockType
 from mlxq.quantizers.ggml.feedback_descent import descend
 from mlxq.quantizers.ggml.feedback_rows import Rows, inverse
 

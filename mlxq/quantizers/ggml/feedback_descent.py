@@ -122,7 +122,9 @@ def _solve_integers(rows: Rows, group: int, h: np.ndarray, g: np.ndarray, type_:
             change = change + t * (2 * u * c + t * b - 2 * r_1)
         better = change < best
         best = np.where(better, change, best)
-        chosen = [None if new is None else np.where(better, new, old) for new, old in zip(integers, chosen)]
+        chosen = [
+            None if new is None else np.where(better, new, old) for new, old in zip(integers, chosen, strict=True)
+        ]
     sc[group] = chosen[0]
     if m is not None:
         m[group] = chosen[1]

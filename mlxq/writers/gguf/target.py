@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +28,14 @@ _SAID: dict[Action, str] = {
 }
 
 
+class Codes(Protocol):
+    """Blocks by parameter name that are there before anything is written, uint8 `[..., row_bytes]`."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str, rows: slice | None = None) -> np.ndarray: ...
+
+
 class GgufTarget:
     """The one file of a GGUF model.
 
@@ -39,6 +47,7 @@ class GgufTarget:
         rope: tensors of rotary factors by their GGUF names, float32.
         weighting: of the squared errors.
         filename: in the directory that `open` is given.
+        codes: blocks that calibration made of tensors already, by parameter, or None.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class GgufTarget:
         rope: Mapping[str, np.ndarray],
         weighting: Weighting,
         filename: str,
+        codes: Codes | None = None,
     ):
         self.parameters = parameters
         self.plan = plan
@@ -59,6 +69,7 @@ class GgufTarget:
         self._rope = rope
         self._weighting = weighting
         self._filename = filename
+        self._codes = codes
 
     def open(self, directory: Path) -> GgufWriter:
         weights = [self._entry(p) for p in self.plan.tensors]
@@ -85,6 +96,13 @@ class GgufTarget:
         name, mapped = plan.info.name, self._names[plan.info.name]
         if plan.action == "repack":
             yield self._repack(plan, rows, mapped)
+            return
+        if self._codes is not None and name in self._codes:
+            blocks = self._read(self._codes.read, plan, rows, mapped)
+            if plan.action == "requantize":
+                w = self._read(self.parameters.read, plan, rows, mapped)
+                self.errors.add(name, floats.to_float32(w, floats.dtype_of(w)), ggml.dequantize(blocks, plan.dtype))
+            yield blocks
             return
         w = self._read(self.parameters.read, plan, rows, mapped)
         if not floats.all_finite(w):
