@@ -344,7 +344,9 @@ def calibrate(
     store = CodeStore(output, store_key(parameters, plan, text, request, costs.text if costs else None))
     run = Calibration(parameters, plan, text, request, store, job.progress, job.cancel, costs)
     try:
-        run.run()
+        # Overflow is named where it shows.
+        with np.errstate(over="ignore", invalid="ignore"):
+            run.run()
     except BaseException as e:
         store.leave(e)
         raise

@@ -93,9 +93,10 @@ def size_in_bytes(text: str) -> int:
     Raises:
         PlanError: it is no size.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if match is None or (match[3] and not match[2]) or float(match[1]) <= 0:
-        raise PlanError(f"{text!r} is no size: write 4.2GB, 512MB or 16GiB")
-    unit = match[2].lower()
-    scale = 1024 ** "kmgt".index(unit) * 1024 if match[3] else _UNITS[unit]
-    return int(float(match[1]) * scale)
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is not None and (match[2] or not match[3]):
+        unit = match[2].lower()
+        nbytes = int(float(match[1]) * (1024 ** ("kmgt".index(unit) + 1) if match[3] else _UNITS[unit]))
+        if nbytes >= 1:
+            return nbytes
+    raise PlanError(f"{text!r} is no size: write 4.2GB, 512MB or 16GiB")
