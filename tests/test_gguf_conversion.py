@@ -34,14 +34,7 @@ def make_model(directory):
     weights = tiny.random_tensors(tiny.llama_shapes(CONFIG))
     # The next token is one of ASCII: llama.cpp's server tells no probabilities where a text ends within a character.
     weights["lm_head.weight"][94:] = 0
-    tiny.make_model(directory, tensors=weights, **WIDE, eos_token_id=257, bos_token_id=258)
-    tokenizer = json.loads((directory / "tokenizer.json").read_text())
-    tokenizer["model"]["vocab"]["th"] = 256
-    tokenizer["model"]["merges"] = [["t", "h"]]
-    for token in tokenizer["added_tokens"]:
-        token["id"] += 1
-    (directory / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return directory
+    return tiny.add_merge(tiny.make_model(directory, tensors=weights, **WIDE, eos_token_id=257, bos_token_id=258))
 
 
 def stored(path):

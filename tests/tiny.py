@@ -106,3 +106,15 @@ def make_model(
     if tokenizer:
         write_tokenizer(directory)
     return directory
+
+
+def add_merge(directory: Path) -> Path:
+    """Give a model's tokenizer a merge, without which llama.cpp takes none; its special tokens move up by one."""
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer["model"]["vocab"]["th"] = 256
+    tokenizer["model"]["merges"] = [["t", "h"]]
+    for token in tokenizer["added_tokens"]:
+        token["id"] += 1
+    path.write_text(json.dumps(tokenizer))
+    return directory

@@ -1,4 +1,4 @@
-"""An importance matrix on its way into a conversion: read, held against the model, never overwritten."""
+"""An importance matrix on its way into a conversion: read, held against the model, never overwritten; or made."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.errors import CheckpointError, OutputError
-from mlxq.types import TensorPlan
+from mlxq.types import Progress, TensorPlan
 
 if TYPE_CHECKING:
     from mlxq.calibration.imatrix import ImportanceMatrix
     from mlxq.checkpoint.gguf.names import MappedTensor
+    from mlxq.conversion.job import Job
+    from mlxq.conversion.request import CalibrationRequest
 
 
 def read_importance(path: str | os.PathLike[str] | None, output: Path | None) -> ImportanceMatrix | None:
@@ -45,6 +47,41 @@ def gguf_names(parameters: ParameterMap) -> dict[str, MappedTensor]:
             )
         names[name] = mapped
     return names
+
+
+def write_importance(job: Job, path: str | os.PathLike[str], request: CalibrationRequest) -> ImportanceMatrix:
+    """Make the importance matrix of a job's source on a calibration text, and write it for `llama-quantize`.
+
+    Args:
+        job: its source is read; nothing is converted.
+        path: of the file, in the old form where it ends in `.dat`.
+
+    Raises:
+        CheckpointError: an architecture without a GGUF form.
+        CalibrationError: the text is unfit, or activations overflow.
+        OutputError: the file cannot be written.
+    """
+    from mlxq.calibration.collect import importance_matrix
+    from mlxq.calibration.stream import BlockStream
+    from mlxq.checkpoint.gguf.names import architecture_for
+    from mlxq.checkpoint.source import open_checkpoint
+    from mlxq.conversion.calibrated import read_text
+
+    def report(done: int, total: int) -> None:
+        job.cancel.check()
+        if job.progress:
+            job.progress(Progress("calibrate", done, total, "blocks", "importance"))
+
+    with open_checkpoint(job.source, job.revision, job.progress, accept=architecture_for) as checkpoint:
+        parameters = ParameterMap(checkpoint)
+        kinds = ("linear", "switch", "embedding")
+        names = {n: m.name for n, m in gguf_names(parameters).items() if parameters.tensors[n].module in kinds}
+        text = read_text(job, parameters, request)
+        with BlockStream(parameters, text.sequences) as stream:
+            length = text.sequences.shape[1]
+            matrix = importance_matrix(stream, names, dataset=text.name, length=length, on_block=report)
+    matrix.write(path)
+    return matrix
 
 
 def check_importance(

@@ -68,23 +68,30 @@ class BlockType:
         return self.block // self.sub_block
 
     def choose(self, x: np.ndarray, importance: np.ndarray) -> Scales:
-        """Scales of one block `x` `[block, n]` that lose least, columns weighted by `importance` `[block]`."""
+        """Scales of one block `x` `[block, n]` that lose least, columns weighted by `importance` `[block]`.
+
+        Raises:
+            FormatError: weights so large that a step is beyond float16.
+        """
         n = x.shape[1]
         # A copy even of one sub-block, which lies as it is wanted: a tile counts its weights from the lowest.
         columns = np.array(x.reshape(self.n_sub_blocks, self.sub_block, n).transpose(1, 0, 2), order="C")
         weights = (importance / importance.mean()).reshape(self.n_sub_blocks, self.sub_block).T[:, :, None]
         weights = np.ascontiguousarray(np.broadcast_to(weights, columns.shape), np.float32)
         with np.errstate(over="ignore", invalid="ignore", under="ignore"):
-            return self.search(NumpyTile(columns, weights, np.empty_like(columns), np.empty_like(columns)))
+            scales = self.search(NumpyTile(columns, weights, np.empty_like(columns), np.empty_like(columns)))
+        for steps in (scales.d, scales.dmin):
+            if steps is not None and not np.isfinite(steps).all():
+                raise FormatError(
+                    f"{self.name}: its float16 steps cannot hold weights as large as {np.abs(x).max():g}; choose F32 "
+                    "or BF16"
+                )
+        return scales
 
     def pack(self, values: np.ndarray, scales: Scales) -> np.ndarray:
-        """Blocks uint8 `[n, row_bytes]` of values `[K, n]` and scales in the order of the weights.
-
-        Raises:
-            FormatError: a step that is no float16.
-        """
+        """Blocks uint8 `[n, row_bytes]` of values `[K, n]` and scales in the order of the weights."""
         n = values.shape[1]
-        steps = [None if a is None else _float16(self.name, a.T.reshape(-1)) for a in (scales.d, scales.dmin)]
+        steps = [None if a is None else a.T.reshape(-1).astype(np.float16) for a in (scales.d, scales.dmin)]
         codes = np.ascontiguousarray(self.grid.codes(values).T).reshape(-1, self.block)
         if self.name in K_TYPES:
             kind = np.uint8 if self.has_mins else np.int8
@@ -103,14 +110,6 @@ class BlockType:
 
     def _integers(self, a: np.ndarray, kind: type) -> np.ndarray:
         return np.ascontiguousarray(a.T).reshape(-1, self.n_sub_blocks).astype(kind)
-
-
-def _float16(name: str, values: np.ndarray) -> np.ndarray:
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise FormatError(f"{name}: its float16 steps cannot hold weights as large as these; choose F32 or BF16")
-    return half
 
 
 def _lines(name: str) -> BlockType:

@@ -17,6 +17,7 @@ from mlxq.quantizers.curvature import Curvature
 from mlxq.quantizers.ggml.block_types import TYPES, BlockType
 from mlxq.quantizers.ggml.feedback_descent import descend
 from mlxq.quantizers.ggml.feedback_rows import Rows, inverse
+from mlxq.quantizers.ggml.scale_search import check_range
 
 #: Rows worked on at a time: what a block touches stays in the cache.
 _ROWS = 2048
@@ -63,6 +64,8 @@ def _validated(w: np.ndarray, curvature: Curvature, name: str) -> BlockType:
         whole = curvature.order.reshape(-1, size) // size
         if (whole != whole[:, :1]).any():
             raise FormatError(f"{name}: the curvature's order does not keep {size} columns together")
+    if not type_.has_mins:
+        check_range(w, name, type_.grid, type_.largest)
     return type_
 
 
