@@ -496,3 +496,27 @@ def test_two_runs_in_one_place(tmp_path: Path, source: Path, text: Path) -> None
     with code_store.CodeStore(tmp_path / "out", {}), pytest.raises(OutputError, match="another run"):
         run(source, tmp_path / "out", text)
     assert left(tmp_path) == []
+
+
+def test_experts_some_at_a_time_give_the_same_codes(
+    tmp_path: Path, experts: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlxq.calibration.observe import Moments
+
+    held: list[int] = []
+    empty = Moments.empty
+
+    def recorded(n: int, K: int, some: range) -> Moments:
+        held.append(4 * K * K * len(some))
+        return empty(n, K, some)
+
+    monkeypatch.setattr(Moments, "empty", recorded)
+    for name, limit in (("a", None), ("b", "200KB")):
+        held.clear()
+        result = run(experts, tmp_path / name, text, calib_sequences=3, max_memory=limit)
+        assert any("too few tokens" in n for n in result.notes)
+        # Of 8 experts with 64 and 128 inputs: 16 and 65 kB each; a single one is always held.
+        assert (max(held) > 4 * 65536) if limit is None else (max(held) <= 65536)
+    a, b = (files(tmp_path / name) for name in ("a", "b"))
+    assert json.loads(a.pop("mlxq.json"))["notes"] == json.loads(b.pop("mlxq.json"))["notes"]
+    assert a == b

@@ -26,16 +26,21 @@ class Moments:
     """Second moments of the inputs of one matrix, or of each of a stack of experts.
 
     Attributes:
-        total: float32 `[n, K, K]`, sums of `x x^T`; n is 1, or the number of experts.
-        counts: int `[n]`, rows of x in each.
+        total: float32 `[len(held), K, K]`, sums of `x x^T`.
+        counts: int `[n]`, rows of x in each; n is 1, or the number of experts.
+        held: whose moments these are: all, or those experts whose turn it is.
+        squares: float32 `[K]`, sums of squares over the rows of all experts, held or not.
     """
 
     total: np.ndarray
     counts: np.ndarray
+    held: range
+    squares: np.ndarray
 
     @classmethod
-    def empty(cls, n: int, K: int) -> Moments:
-        return cls(np.zeros((n, K, K), np.float32), np.zeros(n, np.int64))
+    def empty(cls, n: int, K: int, held: range | None = None) -> Moments:
+        held = range(n) if held is None else held
+        return cls(np.zeros((len(held), K, K), np.float32), np.zeros(n, np.int64), held, np.zeros(K, np.float32))
 
     def add(self, x: mx.array, experts: np.ndarray | None, weights: np.ndarray | None = None) -> None:
         """Count rows of x `[..., K]`; `experts` says for each which expert of a stack it went to.
@@ -54,21 +59,29 @@ class Moments:
 
     def _add(self, i: int, rows: mx.array) -> None:
         self.counts[i] += len(rows)
+        wide = rows.astype(mx.float32)
+        self.squares += np.asarray((wide * wide).sum(axis=0))
+        if i not in self.held:
+            return
         if on_accelerator():
-            wide = rows.astype(mx.float32)
-            self.total[i] += np.asarray(wide.T @ wide)
+            self.total[i - self.held.start] += np.asarray(wide.T @ wide)
         else:
-            wide = np.asarray(rows.astype(mx.float32))
             # The product of an array with its own transpose takes BLAS half the work.
-            self.total[i] += wide.T @ wide
+            rows_here = np.asarray(wide)
+            self.total[i - self.held.start] += rows_here.T @ rows_here
 
     def hessian(self, i: int = 0) -> np.ndarray:
-        """Mean of `x x^T`, float32 `[K, K]`; 0 where nothing was counted."""
-        return self.total[i] / np.float32(max(self.counts[i], 1))
+        """Mean of `x x^T`, float32 `[K, K]`, of one that is held; 0 where nothing was counted."""
+        return self.total[i - self.held.start] / np.float32(max(self.counts[i], 1))
 
     def mean_squares(self, i: int = 0) -> np.ndarray:
-        """Float32 `[K]`."""
-        return np.ascontiguousarray(np.diagonal(self.total[i])) / np.float32(max(self.counts[i], 1))
+        """Float32 `[K]`, of one that is held."""
+        diagonal = np.ascontiguousarray(np.diagonal(self.total[i - self.held.start]))
+        return diagonal / np.float32(max(self.counts[i], 1))
+
+    def pooled_squares(self) -> np.ndarray:
+        """Float32 `[K]`: mean squares over the rows of all experts."""
+        return self.squares / np.float32(max(self.counts.sum(), 1))
 
 
 @dataclass
@@ -81,6 +94,8 @@ class Observations:
         by_token: the same summed over outputs instead, float32 `[tokens]` in pieces, as they were run; not for experts.
         order: names in the order in which the block uses them.
         weights: how much each token of what is being run counts in `moments`, by name; None: all alike.
+        room: bytes for the moments of a stack of experts; None: no limit. Where all have no room, those of some are
+            held, the next of them at each `turn`, counted from 0: what is observed has to run again for each.
     """
 
     moments: dict[str, Moments] = field(default_factory=dict)
@@ -88,6 +103,20 @@ class Observations:
     by_token: dict[str, list[np.ndarray]] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     weights: Callable[[str], np.ndarray | None] = field(default=lambda name: None)
+    room: int | None = None
+    turn: int = 0
+
+    def _at_once(self, n: int, K: int) -> int:
+        return n if self.room is None else min(n, max(1, self.room // (4 * K * K)))
+
+    def held(self, n: int, K: int) -> range:
+        """Which of a stack of `n` matrices `[.., K]` have their turn."""
+        some = self._at_once(n, K)
+        return range(min(self.turn * some, n), min((self.turn + 1) * some, n))
+
+    def waiting(self) -> list[str]:
+        """Names of the stacks with experts that have not had their turn."""
+        return [name for name in self.order if self.moments[name].held.stop < len(self.moments[name].counts)]
 
     def by_input(self) -> list[list[str]]:
         """Names in order, those with the same input together."""
@@ -188,7 +217,8 @@ class _Observed(Proxy):
         self._latest[:] = [(x, into)]
         rows, which, n = experts or (x, None, 1)
         if into not in moments:
-            moments[into] = Moments.empty(n if experts is None else self._module.weight.shape[0], x.shape[-1])
+            n, K = n if experts is None else self._module.weight.shape[0], x.shape[-1]
+            moments[into] = Moments.empty(n, K, self._into.held(n, K))
         moments[into].add(rows, which, None if experts else self._into.weights(into))
 
     def _square(self, experts: tuple[mx.array, np.ndarray, int] | None) -> Callable[[mx.array], None]:

@@ -88,6 +88,7 @@ class BlockStream:
         *,
         compute_dtype: mx.Dtype | None = mx.float32,
         on_disk: bool = False,
+        room: int | None = None,
     ):
         """Look at how the model calls its blocks; the embedding, the first block and the head are read for that.
 
@@ -96,11 +97,12 @@ class BlockStream:
             sequences: int32 `[S, L]` token ids.
             compute_dtype: of the activations, as in `runtime.weights.load_parameters`.
             on_disk: keep the hidden states in a temporary file.
+            room: bytes of hidden states beyond which they are kept there, too; None: no limit.
         """
         self._map = parameter_map
         self._dtype = compute_dtype
         self._sequences = sequences
-        self._on_disk = on_disk
+        self._on_disk, self._room = on_disk, room
         self._build()
         self.activations: Activations | None = None
         self.whole: str | None = None
@@ -148,7 +150,8 @@ class BlockStream:
                 self.activations[i] = mx.array(self._sequences[part])
             return
         chunk = max(1, min(n, _CHUNK_BYTES // (4 * length * self._width)))
-        self.activations = Activations(n, chunk, on_disk=self._on_disk)
+        too_many = self._room is not None and 4 * n * length * self._width > self._room
+        self.activations = Activations(n, chunk, on_disk=self._on_disk or too_many)
 
         def stop(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise _FirstBlock(args[0])

@@ -8,8 +8,9 @@ run goes on where it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -68,6 +69,9 @@ class Calibration:
         self._plans = {p.info.name: p for p in self.plan.tensors if _is_calibrated(p)}
         self._coder = coder_of(self.plan)
         self._starved: dict[str, int] = {}
+        limit = self.request.max_memory
+        #: Bytes for hidden states, and for the second moments of a stack of experts.
+        self._room = None if limit is None else limit // 4
         length = self.text.sequences.shape[1]
         self._measured = self.costs.sensitivity if self.costs else None
         if self._measured and self.costs.text != digest(self.text.sequences[: self._measured.n_tokens // length]):
@@ -83,7 +87,7 @@ class Calibration:
             Cancelled: through `cancel`.
         """
         self.cancel.check()
-        with BlockStream(self.parameters, self.text.sequences, on_disk=self._on_disk()) as stream:
+        with BlockStream(self.parameters, self.text.sequences, room=self._room) as stream:
             self._n_blocks = stream.n_blocks
             if stream.whole:
                 self.notes.append(f"{stream.whole}: the whole model was run at once, with all its weights in memory")
@@ -105,14 +109,7 @@ class Calibration:
         names = self._names(block.path)
         total = len(activations.chunks) * 2
         if not self._is_done(block.index + 1) and names:
-            seen = Observations()
-            with observing(block.module, block.path, names, seen):
-                for i, hidden in enumerate(activations):
-                    self.cancel.check()
-                    seen.weights = self._weights_of(activations.chunks[i])
-                    mx.eval(block(hidden))
-                    self._report(block.index, i + 1, total)
-            self._quantize(block.index + 1, seen)
+            self._quantize(block.index + 1, self._observed(block, activations, names))
         for name in names:
             if name in self.store:
                 self._put(block.module, block.path, name)
@@ -123,6 +120,22 @@ class Calibration:
             if not bool(mx.isfinite(output).all()):
                 raise CalibrationError(f"{block.path}: its output is not finite on the calibration text")
             self._report(block.index, total // 2 + i + 1, total)
+
+    def _observed(self, block: Block, activations: Activations, names: Sequence[str]) -> Iterator[Observations]:
+        """What goes into the matrices of a block; stacks of experts that have no room at once, some at a time."""
+        for turn in count():
+            seen = Observations(room=self._room, turn=turn)
+            with observing(block.module, block.path, names, seen):
+                for i, hidden in enumerate(activations):
+                    self.cancel.check()
+                    seen.weights = self._weights_of(activations.chunks[i])
+                    mx.eval(block(hidden))
+                    if turn == 0:
+                        self._report(block.index, i + 1, 2 * len(activations.chunks))
+            yield seen
+            names = seen.waiting()
+            if not names:
+                return
 
     def _weights_of(self, chunk: slice) -> Callable[[str], np.ndarray | None]:
         """How much each token of some sequences counts for a matrix's Hessian: half alike, half by its gradients.
@@ -142,17 +155,27 @@ class Calibration:
 
         return of
 
-    def _quantize(self, step: int, seen: Observations, others: Mapping[str, Codes] = MappingProxyType({})) -> None:
-        codes = dict(others)
-        notes: dict[str, Any] = {"errors": {}, "starved": {}}
-        for group in seen.by_input():
-            moments = seen.moments[group[0]]
-            curvatures = self._curvatures(moments, group)
-            for name in group:
-                self.cancel.check()
-                codes[name], error = self._matrix(name, moments, curvatures, notes)
-                notes["errors"][name] = error
-        self.store.put(step, codes, notes)
+    def _quantize(
+        self, step: int, turns: Iterable[Observations], others: Mapping[str, Codes] = MappingProxyType({})
+    ) -> None:
+        parts: dict[str, list[Codes]] = {}
+        errors: dict[str, np.ndarray] = {}
+        starved: dict[str, int] = {}
+        for seen in turns:
+            for group in seen.by_input():
+                moments = seen.moments[group[0]]
+                for i in moments.held:
+                    curvature = self._curvature_of(moments, i, group)
+                    for name in group:
+                        self.cancel.check()
+                        part, error = self._matrix(name, i, moments, curvature)
+                        parts.setdefault(name, []).append(part)
+                        errors[name] = errors.get(name, 0) + error
+                        if curvature is None and self._plans[name].method == "gptq":
+                            starved[name] = starved.get(name, 0) + 1
+        codes = {name: self._coder.stacked(p, self._plans[name].info.shape) for name, p in parts.items()}
+        notes = {"errors": {name: [float(e) for e in of] for name, of in errors.items()}, "starved": starved}
+        self.store.put(step, codes | others, notes)
         self._is_done(step)
 
     def _is_done(self, step: int) -> bool:
@@ -163,40 +186,26 @@ class Calibration:
             self._starved |= notes["starved"]
         return notes is not None
 
-    def _curvatures(self, moments: Moments, group: Sequence[str]) -> list[Curvature | None]:
-        """Of each matrix of a stack; None for an expert that saw too little."""
-        if all(self._plans[name].method == "search" for name in group):
-            return [None] * len(moments.counts)
-        out: list[Curvature | None] = []
-        for i, n in enumerate(moments.counts):
-            enough = len(moments.counts) == 1 or n >= _LEAST_COVERAGE * moments.total.shape[-1]
-            try:
-                out.append(self._curvature(moments.hessian(i)) if enough else None)
-            except FormatError as e:
-                raise CalibrationError(f"{group[0]}: {e}") from e
-        return out
+    def _curvature_of(self, moments: Moments, i: int, group: Sequence[str]) -> Curvature | None:
+        """Of one matrix of a stack; None for an expert that saw too little."""
+        enough = len(moments.counts) == 1 or moments.counts[i] >= _LEAST_COVERAGE * moments.total.shape[-1]
+        if not enough or all(self._plans[name].method == "search" for name in group):
+            return None
+        try:
+            return self._curvature(moments.hessian(i))
+        except FormatError as e:
+            raise CalibrationError(f"{group[0]}: {e}") from e
 
     def _curvature(self, hessian: np.ndarray) -> Curvature:
         return Curvature.of(hessian, sizes=self._coder.sizes)
 
-    def _matrix(
-        self, name: str, moments: Moments, curvatures: Sequence[Curvature | None], notes: dict[str, Any]
-    ) -> tuple[Codes, list[float]]:
+    def _matrix(self, name: str, i: int, moments: Moments, curvature: Curvature | None) -> tuple[Codes, np.ndarray]:
         plan = self._plans[name]
-        w = self._weights(name)
-        matrices = w.reshape(-1, *w.shape[-2:])
-        pooled = moments.total.sum(axis=0).diagonal() / max(moments.counts.sum(), 1)
-        parts, errors = [], np.zeros(2)
-        for i, matrix in enumerate(matrices):
-            self.cancel.check()
-            curvature = curvatures[i] if plan.method == "gptq" else None
-            if plan.method == "gptq" and curvature is None:
-                notes["starved"][name] = notes["starved"].get(name, 0) + 1
-            importance = moments.mean_squares(i) if moments.counts[i] and curvature is None else pooled
-            part, error = self._best(matrix, plan, curvature, importance.astype(np.float32), moments.hessian(i))
-            parts.append(part)
-            errors += error
-        return self._coder.stacked(parts, w.shape), [float(e) for e in errors]
+        w = self._weights(name, slice(i, i + 1) if len(plan.info.shape) > 2 else None)
+        curvature = curvature if plan.method == "gptq" else None
+        own = moments.counts[i] and curvature is None
+        importance = moments.mean_squares(i) if own else moments.pooled_squares()
+        return self._best(w.reshape(w.shape[-2:]), plan, curvature, importance, moments.hessian(i))
 
     def _best(
         self, w: np.ndarray, plan: TensorPlan, curvature: Curvature | None, importance: np.ndarray, hessian: np.ndarray
@@ -223,7 +232,7 @@ class Calibration:
             looked_up = {n: self._plans[n] for n in names if n not in seen.order}
             curvature = self._curvature(self._measured.embedding) if self._measured and looked_up else None
             codes = {n: self._coder.quantize(self._weights(n), p, curvature=curvature)[0] for n, p in looked_up.items()}
-            self._quantize(0, seen, codes)
+            self._quantize(0, [seen], codes)
         looked_up = () if stream.whole else names
         stream.embed({n.removesuffix(".weight"): to_mlx(self._decoded(n)) for n in looked_up})
 
@@ -244,7 +253,7 @@ class Calibration:
                 self.cancel.check()
                 activations[i] = block(hidden)
 
-        with BlockStream(self.parameters, self.text.sequences[some], on_disk=self._on_disk()) as stream:
+        with BlockStream(self.parameters, self.text.sequences[some], room=self._room) as stream:
             stream.embed()
             stream.run(forwards)
             return stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")])
@@ -255,7 +264,7 @@ class Calibration:
         if self._is_done(step) or not names:
             return
         seen = stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")])
-        self._quantize(step, seen)
+        self._quantize(step, [seen])
 
     def _names(self, path: str) -> list[str]:
         return [n for n in self._plans if n.startswith(f"{path}." if path else "")]
@@ -264,8 +273,8 @@ class Calibration:
         """Whether an embedding is the output projection, too."""
         return not any(n.startswith("lm_head.") or ".lm_head." in n for n in self.parameters.tensors)
 
-    def _weights(self, name: str) -> np.ndarray:
-        w = self.parameters.read(name)
+    def _weights(self, name: str, rows: slice | None = None) -> np.ndarray:
+        w = self.parameters.read(name, rows)
         return floats.to_float32(w, floats.dtype_of(w))
 
     def _decoded(self, name: str) -> np.ndarray:
@@ -275,13 +284,6 @@ class Calibration:
         """Put the decoded weights into the block that runs."""
         path = name.removesuffix(".weight")
         put_weight(module, path.removeprefix(f"{prefix}."), to_mlx(self._decoded(name)))
-
-    def _on_disk(self) -> bool:
-        limit = self.request.max_memory
-        return limit is not None and 4 * self.text.n_tokens * self._width() > limit // 4
-
-    def _width(self) -> int:
-        return int(self.parameters.checkpoint.config.get("hidden_size") or 0)
 
     def _report(self, index: int, done: int, total: int) -> None:
         """`done` of the `total` passes of chunks through a block."""
