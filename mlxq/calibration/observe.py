@@ -187,9 +187,11 @@ class _Observed(Proxy):
         self._looks_up = hasattr(type(getattr(layer, "unread", layer)), "as_linear")
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        if self._looks_up:
-            return self._module(x)
-        experts = _experts(x, args[0]) if args else None
+        routed = bool(args) and isinstance(args[0], mx.array)
+        # A stack that is not called with experts is of a kind of which it is not known what multiplies what.
+        if self._looks_up or (self._module.weight.ndim > 2 and not routed):
+            return self._module(x, *args, **kwargs)
+        experts = _experts(x, args[0]) if routed else None
         if self._name not in self._into.order:
             self._into.order.append(self._name)
         if self._inputs:

@@ -59,10 +59,11 @@ def within_budget(parameters: ParameterMap, plan: Plan, costs: Costs, request: B
     """
     budget = budget_bytes(request, plan, parameters.checkpoint.config)
     free = {p.info.name: p for p in plan.tensors if p.spec is not None and _is_free(p)}
-    fixed = plan.nbytes - sum(plan.nbytes_by_name[name] for name in free)
     missing = [name for name in free if name not in costs.by_tensor]
     if missing:
         raise PlanError(f"{request.costs}: says nothing of {missing[0]}; it was measured on another model")
+    free = {name: p for name, p in free.items() if costs.by_tensor[name]}
+    fixed = plan.nbytes - sum(plan.nbytes_by_name[name] for name in free)
     options = {name: _options(p, costs.by_tensor[name]) for name, p in free.items()}
     try:
         chosen = allocate(options, budget - fixed)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -69,6 +70,7 @@ class Calibration:
         self._plans = {p.info.name: p for p in self.plan.tensors if _is_calibrated(p)}
         self._coder = coder_of(self.plan)
         self._starved: dict[str, int] = {}
+        self._blind: list[str] = []
         limit = self.request.max_memory
         #: Bytes for hidden states, and for the second moments of a stack of experts.
         self._room = None if limit is None else limit // 4
@@ -94,9 +96,12 @@ class Calibration:
             self._embedding(stream)
             stream.run(self._visit)
             self._head(stream)
-        unseen = [name for name in self._plans if name not in self.store]
-        if unseen:
-            self.notes.append(f"the text never reached {counted(unseen)}, rounded to nearest: {unseen[0]}")
+            self._rest(stream.n_blocks + 2)
+        if self._blind:
+            self.notes.append(
+                f"what goes into {counted(self._blind)} was not seen, so they were searched with all inputs alike: "
+                f"{self._blind[0]}"
+            )
         if self._starved:
             n = sum(self._starved.values())
             self.notes.append(
@@ -184,6 +189,7 @@ class Calibration:
         if notes is not None:
             self.errors |= notes["errors"]
             self._starved |= notes["starved"]
+            self._blind += notes.get("blind", [])
         return notes is not None
 
     def _curvature_of(self, moments: Moments, i: int, group: Sequence[str]) -> Curvature | None:
@@ -265,6 +271,23 @@ class Calibration:
             return
         seen = stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")])
         self._quantize(step, [seen])
+
+    def _rest(self, step: int) -> None:
+        """Matrices that the text never reached, or whose kind of layer is not known."""
+        names = [name for name in self._plans if name not in self.store]
+        if self._is_done(step) or not names:
+            return
+        codes = {}
+        for name in names:
+            plan, (*lead, _, _) = self._plans[name], self._plans[name].info.shape
+            parts = []
+            for i in range(prod(lead)):
+                self.cancel.check()
+                w = self._weights(name, slice(i, i + 1) if lead else None)
+                parts.append(self._coder.quantize(w.reshape(w.shape[-2:]), plan)[0])
+            codes[name] = self._coder.stacked(parts, plan.info.shape)
+        self.store.put(step, codes, {"errors": {}, "starved": {}, "blind": names})
+        self._is_done(step)
 
     def _names(self, path: str) -> list[str]:
         return [n for n in self._plans if n.startswith(f"{path}." if path else "")]

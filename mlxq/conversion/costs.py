@@ -204,7 +204,9 @@ class _Run:
                 out[name] = {spec: (_ALIKE if inside else 1.0) * cost for spec, cost in of.items()}
             elif plan.info.module == "embedding":
                 out[name] = self._of_embedding(name, sensitivity.embedding, counts)
-        return {name: _with_groups(costs, self.plans[name].info.shape[-1]) for name, costs in out.items()}
+        made = {name: _with_groups(costs, self.plans[name].info.shape[-1]) for name, costs in out.items()}
+        # Of the others nothing is known: they keep their grid.
+        return {name: made.get(name, {}) for name in self.plans}
 
     def _of_samples(self, name: str, squares: np.ndarray) -> dict[QuantSpec, float]:
         """Ratio of sampled errors to sampled outputs, times all outputs; rows weighted by their sensitivity."""
