@@ -198,7 +198,7 @@ class _Run:
         """`counts` `[V]` is how often each token was seen."""
         out = {}
         for name, plan in self.plans.items():
-            if name in self.samples:
+            if name in self.samples and name in sensitivity.squares:
                 inside = layer_index(name) is not None
                 of = self._of_samples(name, sensitivity.squares[name])
                 out[name] = {spec: (_ALIKE if inside else 1.0) * cost for spec, cost in of.items()}

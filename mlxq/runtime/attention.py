@@ -42,15 +42,16 @@ def attention(queries: mx.array, keys: mx.array, values: mx.array, *, scale: flo
 
     Returns:
         `[B, n_heads, L, Dv]` in the dtype of `queries`.
-        Differentiable with respect to queries, keys and values, unless the mask is an array.
+        Differentiable with respect to queries, keys, values, and an additive mask.
     """
     if not isinstance(mask, mx.array):
+        return _remembered(scale, mask)(queries, keys, values)
+    if mask.dtype == mx.bool_:
         return _differentiable(scale, mask)(queries, keys, values)
-    return _forward(queries, keys, values, scale, mask)
+    return _with_additive_mask(scale)(queries, keys, values, mask)
 
 
-@cache
-def _differentiable(scale: float, mask: str | None) -> Callable[..., mx.array]:
+def _differentiable(scale: float, mask: Mask) -> Callable[..., mx.array]:
     @mx.custom_function
     def function(queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         return _forward(queries, keys, values, scale, mask)
@@ -60,6 +61,33 @@ def _differentiable(scale: float, mask: str | None) -> Callable[..., mx.array]:
         return _backward(*primals, cotangent, scale, mask)
 
     return function
+
+
+_remembered = cache(_differentiable)
+
+
+@cache
+def _with_additive_mask(scale: float) -> Callable[..., mx.array]:
+    @mx.custom_function
+    def function(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array) -> mx.array:
+        return _forward(queries, keys, values, scale, mask)
+
+    @function.vjp
+    def gradient(primals: list[mx.array], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        queries, keys, values, mask = primals
+        # Some models add scores of their own there, which depend on the queries.
+        of_scores = np.zeros((*queries.shape[:3], keys.shape[2]), np.float32)
+        given = _backward(queries, keys, values, cotangent, scale, mask, of_scores)
+        return *given, _summed_to(of_scores, mask)
+
+    return function
+
+
+def _summed_to(a: np.ndarray, like: mx.array) -> mx.array:
+    """The gradient of an array that was broadcast to the shape of `a`."""
+    shape = (1,) * (a.ndim - like.ndim) + tuple(like.shape)
+    axes = tuple(i for i, (n, m) in enumerate(zip(a.shape, shape, strict=True)) if n != m)
+    return mx.array(a.sum(axis=axes, keepdims=True)).reshape(like.shape).astype(like.dtype)
 
 
 def _forward(queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: Mask) -> mx.array:
@@ -79,9 +107,15 @@ def _forward(queries: mx.array, keys: mx.array, values: mx.array, scale: float, 
 
 
 def _backward(
-    queries: mx.array, keys: mx.array, values: mx.array, cotangent: mx.array, scale: float, mask: str | None
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cotangent: mx.array,
+    scale: float,
+    mask: Mask,
+    of_scores: np.ndarray | None = None,
 ) -> tuple[mx.array, ...]:
-    """Gradients of `_forward`; the scores are computed again."""
+    """Gradients of `_forward`; the scores are computed again. `of_scores` `[B, n_heads, L, T]` takes up theirs."""
     k, v = _float32(keys), _float32(values)
     n_kv_heads = k.shape[1]
     q, dy = (_grouped(a, n_kv_heads) for a in (queries, cotangent))
@@ -95,6 +129,8 @@ def _backward(
         dp = d @ v[b, h, :seen].T
         dp -= np.einsum("ij,ij->i", dp, p)[:, None]
         dp *= p
+        if of_scores is not None:
+            of_scores[b, h * groups : (h + 1) * groups, rows, :seen] = dp.reshape(groups, n, seen)
         dp *= np.float32(scale)
         dq[b, h, :, rows] = (dp @ k[b, h, :seen]).reshape(groups, n, -1)
         dk[b, h, :seen] += dp.T @ q[b, h, :, rows].reshape(groups * n, -1)

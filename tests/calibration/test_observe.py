@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from architecture_zoo import config_of, save
+from architecture_zoo import CONFIGS, config_of, save
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration import sensitivity
@@ -163,7 +163,21 @@ def log_likelihood(model: nn.Module, drawn: mx.array) -> mx.array:
     return mx.take_along_axis(logp, drawn[..., None], axis=-1).sum()
 
 
-@pytest.mark.parametrize("parameters", [("llama", {}), ("llama_tied", {})], indirect=True)
+ALL = [(n, {}) if n == "gemma3_text" else pytest.param((n, {}), marks=pytest.mark.slow) for n in CONFIGS]
+
+
+@pytest.mark.parametrize("parameters", ALL, indirect=True)
+def test_gradients_come_back_to_every_matrix_that_has_an_input(parameters: ParameterMap) -> None:
+    names: list[str] = []
+    with BlockStream(parameters, SEQUENCES) as stream:
+        found = sensitivity.measure(stream, matrices(parameters), on_inputs=lambda seen: names.extend(seen.order))
+    assert found.squares.keys() == set(names)
+    assert all((s > 0).any() for s in found.squares.values())
+
+
+@pytest.mark.parametrize(
+    "parameters", [("llama", {}), ("llama_tied", {}), ("gemma3_text", {"num_hidden_layers": 2})], indirect=True
+)
 def test_squared_gradients_are_the_whole_models(parameters: ParameterMap, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gradients of the log likelihood of drawn tokens at each output: by mx.grad with an offset added there."""
     monkeypatch.setattr(stream_module, "_CHUNK_BYTES", 2 * 13 * 64 * 4)

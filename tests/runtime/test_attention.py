@@ -118,15 +118,37 @@ def test_swiglu_of_extreme_gates():
     assert attention.swiglu(gate, mx.ones(4)).tolist() == [0.0, 0.0, 0.0, 200.0]
 
 
-@pytest.mark.parametrize("mask", [None, "causal"])
+@pytest.mark.parametrize("mask", [None, "causal", "window"])
 def test_gradients_of_attention_are_mlx_s(mask):
     """Sums of some dozen products of numbers near 1, in float32 by two orders: 1e-5 is 80 roundings."""
     mx.random.seed(5)
     q, k, v, d = (mx.random.normal((2, heads, 150, 16)) for heads in (6, 2, 2, 6))
+    if mask == "window":
+        at = mx.arange(150)
+        mask = (at[:, None] >= at) & (at[:, None] < at + 20)
     own = mx.vjp(lambda *a: attention.attention(*a, scale=0.25, mask=mask), [q, k, v], [d])
     theirs = mx.vjp(lambda *a: mx.fast.scaled_dot_product_attention(*a, scale=0.25, mask=mask), [q, k, v], [d])
     for a, b in zip(own[1], theirs[1], strict=True):
         assert float(mx.abs(a - b).max()) < 1e-5 * float(mx.abs(b).max())
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 150, 150), (6, 1, 150), (150, 150), (150, 1)])
+def test_gradients_of_additive_masks(shape):
+    """Scores that a model adds itself, as latent attention does; mlx has no gradient for these, but for products."""
+    mx.random.seed(7)
+    q, k, v, d = (mx.random.normal((2, heads, 150, 16)) for heads in (6, 2, 2, 6))
+    mask = mx.random.normal(shape)
+
+    def plain(q, k, v, mask):
+        k, v = (mx.repeat(a, 3, axis=1) for a in (k, v))
+        return mx.softmax(0.25 * q @ k.swapaxes(-1, -2) + mask, axis=-1) @ v
+
+    own = mx.vjp(lambda q, k, v, m: attention.attention(q, k, v, scale=0.25, mask=m), [q, k, v, mask], [d])
+    theirs = mx.vjp(plain, [q, k, v, mask], [d])
+    for a, b in zip(own[1], theirs[1], strict=True):
+        assert a.shape == b.shape
+        # A row of scores moved as one changes nothing: that gradient is a sum that cancels.
+        assert float(mx.abs(a - b).max()) < 1e-5 * max(float(mx.abs(b).max()), 10)
 
 
 def test_gradients_of_swiglu_are_mlx_s():
