@@ -119,10 +119,18 @@ def _through_head(
     cotangents = stream.activations.copy()
     with stream.observing_parts(names_of, found, inputs=False, gradients=True):
         for i, hidden in enumerate(stream.activations):
-            logits = stream.head(hidden)
-            d = mx.array(_drawn_gradient(np.asarray(logits.astype(mx.float32)), rng)).astype(logits.dtype)
-            _, (cotangents[i],) = mx.vjp(stream.head, [hidden], [d])
+            # One at a time: logits are large.
+            pieces = [_sequence_through_head(stream, hidden[j : j + 1], rng) for j in range(len(hidden))]
+            cotangents[i] = mx.concatenate(pieces)
     return cotangents
+
+
+def _sequence_through_head(stream: BlockStream, hidden: mx.array, rng: np.random.Generator) -> mx.array:
+    logits = stream.head(hidden)
+    d = mx.array(_drawn_gradient(np.asarray(logits.astype(mx.float32)), rng)).astype(logits.dtype)
+    _, (back,) = mx.vjp(stream.head, [hidden], [d])
+    mx.eval(back)
+    return back
 
 
 def _drawn_gradient(logits: np.ndarray, rng: np.random.Generator) -> np.ndarray:
