@@ -57,7 +57,7 @@ def source(tmp_path: Path) -> Path:
     return make(tmp_path / "source")
 
 
-def run(source: Path, output: Path, text: Path, **options: Any) -> Any:
+def run(source: Path, output: Path, text: Path | str, **options: Any) -> Any:
     asked = {"calib": text, "calib_sequences": 12, "calib_length": 32, "bits": 3, "verify": False, "method": "gptq"}
     return convert(source, output, **asked | options)
 
@@ -558,3 +558,10 @@ def test_stacks_whose_inputs_are_not_understood_are_searched_and_keep_their_grid
     assert np.isfinite(logits_by_stock_mlx_lm(tmp_path / "out")).all()
     budget = 5.0 * result.plan.n_weights / 8
     assert 0.98 * budget < result.plan.nbytes <= budget
+
+
+@pytest.mark.slow
+def test_on_what_the_model_writes_itself(tmp_path: Path, source: Path) -> None:
+    for name in ("a", "b"):
+        run(source, tmp_path / name / "out", "self", calib_sequences=2, calib_length=96, seed=3)
+    assert files(tmp_path / "a") == files(tmp_path / "b")

@@ -8,6 +8,7 @@ run goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -335,19 +336,28 @@ def read_text(job: Job, parameters: ParameterMap, request: CalibrationRequest) -
     Raises:
         CalibrationError: the text is unfit.
     """
-    from mlxq.calibration.texts import calibration_sequences
+    from mlxq.calibration.texts import SELF, calibration_sequences
     from mlxq.runtime.tokenizer import load_tokenizer
 
     config = parameters.checkpoint.config
-    return calibration_sequences(
-        load_tokenizer(parameters.checkpoint),
-        request.source,
-        n_sequences=request.n_sequences,
-        length=min(request.length, context_length(config) or request.length),
-        vocab_size=config.get("vocab_size"),
-        seed=request.seed,
-        progress=job.progress,
-    )
+    with contextlib.ExitStack() as stack:
+        generate = None
+        if request.source == SELF:
+            from mlxq.runtime.continuations import continuations
+            from mlxq.runtime.load import load
+
+            model = load(job.source, revision=job.revision, progress=job.progress, cancel=job.cancel)
+            generate = continuations(stack.enter_context(model), cancel=job.cancel)
+        return calibration_sequences(
+            load_tokenizer(parameters.checkpoint),
+            request.source,
+            n_sequences=request.n_sequences,
+            length=min(request.length, context_length(config) or request.length),
+            vocab_size=config.get("vocab_size"),
+            seed=request.seed,
+            generate=generate,
+            progress=job.progress,
+        )
 
 
 def calibrate(

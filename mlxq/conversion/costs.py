@@ -100,7 +100,7 @@ class Costs:
                 weights = {k: a.astype(np.float32) for k, a in weights.items()}
                 sensitivity = Sensitivity(squares, weights, found["embedding"], int(head["tokens"]))
                 return cls(tensors, sensitivity, str(head["text"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as e:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as e:
             raise PlanError(f"{path}: not a file of measured costs: {e}") from e
 
 
