@@ -23,7 +23,7 @@ from mlx_lm.utils import load_model
 from tokenizers import Tokenizer
 
 from mlxq.conversion import code_store, convert
-from mlxq.conversion.calibrated import Calibration
+from mlxq.conversion.calibration import Calibration
 from mlxq.errors import CalibrationError, Cancelled, OutputError, PlanError
 from mlxq.runtime import block_layout
 from mlxq.types import CancelToken

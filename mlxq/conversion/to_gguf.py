@@ -13,7 +13,8 @@ from mlxq.checkpoint.gguf.fields import config_name
 from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor, architecture_for
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.conversion.calibrated import METHODS, calibrate, is_needed, read_text
+from mlxq.conversion.calibrated import calibrate, is_needed, read_text
+from mlxq.conversion.calibration import METHODS
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
 from mlxq.conversion.request import MODELFILE, CalibrationRequest, GgufRequest, manifest_name
