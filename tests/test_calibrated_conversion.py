@@ -498,6 +498,7 @@ def test_two_runs_in_one_place(tmp_path: Path, source: Path, text: Path) -> None
     assert left(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_experts_some_at_a_time_give_the_same_codes(
     tmp_path: Path, experts: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

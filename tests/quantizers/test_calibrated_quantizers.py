@@ -167,7 +167,7 @@ def test_hessians_that_are_not_finite_are_named(value: float) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("group_size", AFFINE_GROUP_SIZES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["BF16", *(pytest.param(d, marks=pytest.mark.slow) for d in ("F16", "F32"))])
 def test_decoded_weights_are_those_of_the_packed_codes(bits: int, group_size: int, dtype: str) -> None:
     spec, K = QuantSpec(bits, group_size), 3 * group_size
     w = weights(11, K)
