@@ -8,6 +8,7 @@ sensitivity times squared output error. Nothing is in memory but a block and the
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -135,6 +136,7 @@ def measure_costs(
     # Backwards, what went into every block is needed again.
     with BlockStream(parameters, sequences, on_disk=True) as stream:
         sensitivity = measure(stream, run.names, seed, report, on_inputs=run.sample)
+    sensitivity = dataclasses.replace(sensitivity, token_weights=run.shared(sensitivity.token_weights))
     tokens = np.bincount(sequences.ravel(), minlength=1)
     return Costs(run.costs(sensitivity, tokens), sensitivity, digest(sequences))
 
@@ -158,13 +160,24 @@ class _Run:
         self.plans = {p.info.name: p for p in plan.tensors if p.spec is not None and p.action != "repack"}
         self.cancel = cancel
         self.samples: dict[str, list[_Sample]] = {}
+        self.groups: list[list[str]] = []
 
     def names(self, path: str) -> list[str]:
         return [n for n in self.plans if n.startswith(f"{path}.")]
 
+    def shared(self, token_weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Weights of the tokens for the Hessian that matrices with the same input share: the mean of theirs."""
+        out = {}
+        for group in self.groups:
+            found = [token_weights[name] for name in group if name in token_weights]
+            if found:
+                out |= dict.fromkeys(group, np.mean(found, axis=0, dtype=np.float32))
+        return out
+
     def sample(self, seen: Observations) -> None:
         """Quantize rows of each matrix that was observed."""
         for group in seen.by_input():
+            self.groups.append(group)
             moments = seen.moments[group[0]]
             busiest = np.argsort(-moments.counts, kind="stable")[:_EXPERTS]
             for i in map(int, busiest):
