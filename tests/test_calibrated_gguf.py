@@ -73,6 +73,7 @@ def described(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return metadata, {t.name: t.tensor_type.name for t in reader.tensors}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "file_type", ["Q2_K", *(pytest.param(t, marks=pytest.mark.slow) for t in ("Q3_K_M", "Q4_K_M"))]
 )
@@ -91,6 +92,7 @@ def test_error_feedback_is_closer_at_the_same_bytes(tmp_path: Path, place: Path,
     assert made["calibration"]["source"] == "text.txt"
 
 
+@pytest.mark.slow
 def test_the_rows_of_heads_are_where_llama_cpp_looks_for_them(tmp_path: Path, place: Path) -> None:
     """A GGUF file has the rows of q and k in another order than the source; both are read back."""
     run(place, tmp_path / "m.gguf", type="Q4_K_M")
@@ -118,6 +120,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path, place: Path) -> No
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tmp_path: Path, place: Path) -> None:
     cancel = CancelToken()
 

@@ -432,6 +432,7 @@ def test_a_dry_run_names_tensors_as_tensor_type_does(tmp_path, source):
     assert "model.layers" not in done.stdout
 
 
+@pytest.mark.slow
 def test_what_is_printed_of_float_files_and_pairs(tmp_path, source):
     done = command.mlxq("export", source, "-o", tmp_path / "f.gguf", "--no-verify")
     assert done.returncode == 0, done.stderr

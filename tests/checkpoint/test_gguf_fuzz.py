@@ -246,6 +246,7 @@ MORE_KEYS += ["tokenizer.chat_template", "llama.rope.scaling.type", "llama.rope.
 MORE_KEYS += ["llama.attention.key_length", "llama.attention.sliding_window", "general.name", "llama.vocab_size"]
 
 
+@pytest.mark.slow
 def test_metadata_of_any_type(tmp_path):
     """A sound container: what is refused is refused by those who use the values."""
     good, n_tensors, directory, data = parts_of_model()
@@ -264,6 +265,7 @@ def test_metadata_of_any_type(tmp_path):
     assert {True, False} <= set(refused)
 
 
+@pytest.mark.slow
 def test_heads_made_of_well_formed_nonsense(tmp_path):
     @fuzz
     @given(

@@ -64,6 +64,7 @@ def test_generate_streams_text_to_stdout_and_speed_to_stderr(converted):
     assert numpy.stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_sampling_is_repeatable_by_seed(converted):
     out, _ = converted
 

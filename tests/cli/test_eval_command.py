@@ -48,6 +48,7 @@ def test_eval_prints_its_figures(models: dict[str, Path]) -> None:
     assert list((models["text"].parent / "cache" / "references").glob("reference-*.npz"))
 
 
+@pytest.mark.slow
 def test_compare_puts_all_in_one_table(models: dict[str, Path], tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     arguments = ["compare", models["q8"], models["q3"], "--reference", models["reference"], "--text", models["text"]]
@@ -97,6 +98,7 @@ def test_mistakes_are_one_line(models: dict[str, Path], tmp_path: Path, options:
     assert re.search(message, lines[0]), lines[0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_leaves_nothing(models: dict[str, Path], tmp_path: Path) -> None:
     options = ["--reference", str(models["reference"]), "--cache", str(tmp_path / "cache"), "--sequences", "0"]
     options += ["--report", str(tmp_path / "r.html"), "--length", "400", "--text", str(long_text(tmp_path))]

@@ -35,6 +35,7 @@ def test_standard_input_that_is_not_utf8(model):
     assert b"standard input is not UTF-8 text: byte 0xe9 at offset 3" in done.stderr
 
 
+@pytest.mark.slow
 def test_standard_input_is_utf8_whatever_the_locale(model):
     arguments = ("generate", model, "-m", "4", "--no-chat-template")
     expected = mlxq(*arguments, "-p", "日本\nnaïve")

@@ -53,6 +53,7 @@ def test_a_difference_is_status_1_and_one_line_says_it(pair: tuple[Path, Path]) 
     assert mlxq("verify", *pair, "--only", "tokenizer", "--only", "template").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_tolerance_accepts_it_and_says_so(pair: tuple[Path, Path]) -> None:
     done = mlxq("verify", *pair, "--tolerance", 0.002)
     assert done.returncode == 0
@@ -61,6 +62,7 @@ def test_a_tolerance_accepts_it_and_says_so(pair: tuple[Path, Path]) -> None:
     assert mlxq("verify", *pair, "--tolerance", 0.0005).returncode == 1
 
 
+@pytest.mark.slow
 def test_the_tolerance_that_a_verdict_names_accepts_it(pair: tuple[Path, Path]) -> None:
     told = mlxq("verify", *pair, "--only", "tensors").stdout.split("; --tolerance ")[1].split()
     assert told[1:] == ["accepts", "that"]

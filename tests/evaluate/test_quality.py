@@ -120,6 +120,7 @@ def test_errors_of_blocks_are_those_of_hidden_states(reference: Path, tmp_path: 
     assert 0.01 < second < 1
 
 
+@pytest.mark.slow
 def test_a_stored_reference_gives_the_same_figures_without_being_run(
     reference: Path, quantized: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -157,6 +158,7 @@ def test_a_damaged_file_is_made_anew(reference: Path, quantized: Path, text: Pat
     assert [p.name for p in tmp_path.iterdir()] == [file.name]
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_of_one_reference_text_and_choice_of_tokens(
     reference: Path, quantized: Path, text: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +176,7 @@ def test_a_cache_that_cannot_be_written_is_said(reference: Path, quantized: Path
     assert any("was not kept" in note and str(blocked) in note for note in found.notes)
 
 
+@pytest.mark.slow
 def test_passes_over_the_blocks_change_nothing(
     reference: Path, quantized: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +279,7 @@ def test_sequences_beyond_the_context_are_refused(reference: Path, text: Path, t
         measured([reference], tmp_path, text=text, length=600, sequences=1)
 
 
+@pytest.mark.slow
 def test_work_can_be_cancelled_at_every_step(reference: Path, quantized: Path, text: Path, tmp_path: Path) -> None:
     events: list[Progress] = []
     measured([quantized], tmp_path, reference=reference, text=text, progress=events.append, use_cache=False)

@@ -107,6 +107,7 @@ def test_metal_text_is_accepted(name: str) -> None:
     _run(ACCEPTED[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REJECTED)
 def test_other_text_is_rejected(name: str) -> None:
     with pytest.raises(MslError, match=r"error: "):

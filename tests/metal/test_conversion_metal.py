@@ -23,6 +23,7 @@ def _stored(path):
     return {t.name: (t.tensor_type.name, np.array(t.data)) for t in gguf.GGUFReader(path).tensors if t.data.ndim > 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("file_type", "types"), [("Q4_K_M", {"Q4_K", "Q6_K"}), ("Q2_K", {"Q2_K", "Q3_K", "Q6_K"})])
 def test_a_conversion_encodes_on_the_gpu(metal, monkeypatch, tmp_path, file_type, types):
     original = tiny.make_model(tmp_path / "source", tokenizer=False, vocab_size=gguf_zoo.VOCAB, **WIDE)

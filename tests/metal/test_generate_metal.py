@@ -67,6 +67,7 @@ def test_logits_in_float32_are_those_of_decoded_weights(float32, tmp_path, type_
     assert float32.real or float32.launches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("type_name", METAL_TYPES)
 def test_on_a_gpu_blocks_are_held_as_they_are_stored(gpu, tmp_path, type_name):
     path = write(tmp_path / "m.gguf", type_name, tied=True)

@@ -67,6 +67,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spread", [None, 1.0, 2.5])
 @TYPES
 def test_error_is_at_most_that_of_ggml(metal, name, spread) -> None:

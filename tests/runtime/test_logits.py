@@ -70,6 +70,7 @@ def test_a_model_loaded_on_another_thread_works_here(name, zoo, zoo_stock):
     assert np.abs(logits_of(model) - theirs).max() <= 1e-4 * np.abs(theirs).max()
 
 
+@pytest.mark.slow
 def test_bfloat16_checkpoints_agree(tmp_path):
     names = ["llama", "llama_4bit"]
     models = {n: save_random(tmp_path / n, *ZOO[n], dtype=mx.bfloat16) for n in names}
