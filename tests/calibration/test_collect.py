@@ -88,6 +88,7 @@ def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
         collected(path, SEQUENCES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["gguf", "dat"])
 def test_llama_cpps_quantizer_takes_it(tmp_path: Path, suffix: str) -> None:
     libgguf = pytest.importorskip("libgguf", reason="libgguf, which reads importance matrices, is not installed")

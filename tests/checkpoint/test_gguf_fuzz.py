@@ -117,6 +117,7 @@ def whole_model(vocabulary: bool) -> tuple[bytes, int]:
         return path.read_bytes(), head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocabulary", [False, True], ids=["numbers", "vocabulary"])
 def test_damaged_models(tmp_path, vocabulary):
     good, head = whole_model(vocabulary)

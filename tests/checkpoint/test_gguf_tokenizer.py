@@ -250,6 +250,7 @@ UNIGRAM = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", UNIGRAM)
 @pytest.mark.parametrize("normalized", [False, True], ids=["plain", "nfkc"])
 def test_unigram(tmp_path, unigram_pieces, flags, normalized):

@@ -145,6 +145,7 @@ def test_nothing_is_launched_for_no_rows(gpu):
     assert not gpu.launches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METAL_TYPES)
 def test_every_kernel_passes_its_check(checked, name):
     # The slow part is compiling; `check` mode has its own tests.

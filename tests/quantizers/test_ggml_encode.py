@@ -49,6 +49,7 @@ def test_experts_have_an_importance_each(name):
         np.testing.assert_array_equal(blocks[expert], quantize(w[expert], name, values[expert]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("given", [False, True])
 @pytest.mark.parametrize("name", SEARCHED)
 def test_any_part_of_the_rows_gives_the_same_bytes_and_changes_no_weight(name, given):

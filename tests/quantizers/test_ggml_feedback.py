@@ -93,6 +93,7 @@ def test_the_same_input_gives_the_same_bytes_and_stays(name, inputs):
     np.testing.assert_array_equal(w, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["zeros", "constant", "tiny", "outlier", "one sided"])
 @pytest.mark.parametrize("name", TYPES)
 def test_unusual_weights(name, kind, inputs):
@@ -127,6 +128,7 @@ def test_channels_without_input_cost_nothing():
     assert output_error(w, w_hat, h) < 0.01 * output_error(w, 0 * w, h)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [32, 96, 288])
 @pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"])
 def test_rows_that_are_no_super_blocks(name, k):
