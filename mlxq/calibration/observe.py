@@ -192,24 +192,22 @@ class _Observed(Proxy):
         if self._looks_up or (self._module.weight.ndim > 2 and not routed):
             return self._module(x, *args, **kwargs)
         experts = _experts(x, args[0]) if routed else None
+        return self._seen(x, experts, lambda: self._module(x, *args, **kwargs))
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return self._seen(x, None, lambda: self._module.as_linear(x))
+
+    def _seen(
+        self, x: mx.array, experts: tuple[mx.array, np.ndarray, int] | None, compute: Callable[[], mx.array]
+    ) -> mx.array:
         if self._name not in self._into.order:
             self._into.order.append(self._name)
         if self._inputs:
             self._count(x, experts)
         if self._is_last:
             raise InputSeen
-        y = self._module(x, *args, **kwargs)
+        y = compute()
         return _watched(y, self._square(experts)) if self._gradients else y
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        if self._name not in self._into.order:
-            self._into.order.append(self._name)
-        if self._inputs:
-            self._count(x, None)
-        if self._is_last:
-            raise InputSeen
-        y = self._module.as_linear(x)
-        return _watched(y, self._square(None)) if self._gradients else y
 
     def _count(self, x: mx.array, experts: tuple[mx.array, np.ndarray, int] | None) -> None:
         moments, into = self._into.moments, self._name

@@ -10,11 +10,12 @@ import numpy as np
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.texts import CalibrationText
 from mlxq.checkpoint.config import context_length
-from mlxq.conversion.calibration import Calibration, is_calibrated
+from mlxq.conversion.calibration import Calibration
 from mlxq.conversion.code_store import CodeStore, store_key
 from mlxq.conversion.costs import Costs
 from mlxq.conversion.job import Job
 from mlxq.conversion.request import CalibrationRequest
+from mlxq.plan.methods import is_calibrated
 from mlxq.plan.planner import Plan
 
 

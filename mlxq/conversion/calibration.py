@@ -28,14 +28,13 @@ from mlxq.conversion.costs import Costs, digest
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CalibrationError, FormatError
 from mlxq.formats import floats
+from mlxq.plan.methods import is_calibrated
 from mlxq.plan.planner import Plan
-from mlxq.quantizers.curvature import DAMP, Curvature
+from mlxq.quantizers.curvature import DAMP, Curvature, output_errors
 from mlxq.runtime.weights import to_mlx
 from mlxq.types import CancelToken, Progress, ProgressCallback, TensorPlan
 from mlxq.writers.measured import counted
 
-#: Methods that need a calibration text.
-METHODS = ("search", "gptq")
 #: Rows of input, as a share of the number of inputs, below which an expert has no Hessian of its own.
 _LEAST_COVERAGE = 0.25
 #: Tokens that say what goes into a head which is the embedding; more where it is wide.
@@ -221,8 +220,8 @@ class Calibration:
         how = {"curvature": curvature, "importance": importance, "sweeps": self.request.sweeps}
         made = self._coder.quantize(w, plan, **how)
         plain = self._coder.rounded(w, plan)
-        size = max(_output_error(w, hessian), 1e-30)
-        errors = [_output_error(w - w_hat, hessian) / size for _, w_hat in (made, plain)]
+        size = max(output_errors(w, hessian).sum(), 1e-30)
+        errors = [output_errors(w - w_hat, hessian).sum() / size for _, w_hat in (made, plain)]
         best = made if errors[0] <= errors[1] else plain
         return best[0], np.array([min(errors), errors[1]])
 
@@ -316,13 +315,3 @@ class Calibration:
         if self.progress:
             of_all = self._n_blocks * total
             self.progress(Progress("calibrate", index * total + done, of_all, "passes", f"block {index + 1}"))
-
-
-def _output_error(errors: np.ndarray, hessian: np.ndarray) -> float:
-    """Sum over rows of `e H e`."""
-    return float(np.einsum("nk,nk->", errors @ hessian, errors, dtype=np.float64))
-
-
-def is_calibrated(plan: TensorPlan) -> bool:
-    """Whether a tensor is quantized by a method that needs a text."""
-    return plan.method in METHODS and plan.action in ("quantize", "requantize")

@@ -29,7 +29,7 @@ from mlxq.formats.geometry import AFFINE_GROUP_SIZES
 from mlxq.plan.planner import Plan
 from mlxq.plan.roles import layer_index
 from mlxq.quantizers import calibrated
-from mlxq.quantizers.curvature import Curvature
+from mlxq.quantizers.curvature import Curvature, output_errors
 from mlxq.types import CancelToken, Progress, ProgressCallback, QuantSpec
 from mlxq.writers.files import writing
 
@@ -198,9 +198,9 @@ class _Run:
         errors = {}
         for spec in _grids(w.shape[1]):
             w_hat = calibrated.quantize(some, spec, plan.dtype, curvature=curvature, sweeps=0)[1]
-            errors[spec] = _squares(some - w_hat, hessian)
+            errors[spec] = output_errors(some - w_hat, hessian)
         share = float(moments.counts[expert] / max(moments.counts.sum(), 1))
-        return _Sample(expert, rows, _squares(some, hessian), errors, _squares(w, hessian), share)
+        return _Sample(expert, rows, output_errors(some, hessian), errors, output_errors(w, hessian), share)
 
     def _matrix(self, name: str, expert: int) -> np.ndarray:
         shape = self.plans[name].info.shape
@@ -248,7 +248,7 @@ class _Run:
             # Without feedback: what that gains by the gradients' second moments is mostly not there when measured (a
             # 3-bit embedding cost 0.028 nats where 0.006 were computed).
             w_hat = calibrated.quantize(w, spec, plan.dtype)[1]
-            costs[spec] = 0.5 * float(np.average(_squares(w - w_hat, gram), weights=counts[rows]))
+            costs[spec] = 0.5 * float(np.average(output_errors(w - w_hat, gram), weights=counts[rows]))
         return costs
 
 
@@ -270,8 +270,3 @@ def _with_groups(costs: Mapping[QuantSpec, float], K: int) -> dict[QuantSpec, fl
             ratio = costs[QuantSpec(4, g)] / four if four else 1.0
             out[QuantSpec(bits, g)] = costs[QuantSpec(bits, base)] * ratio
     return out
-
-
-def _squares(errors: np.ndarray, hessian: np.ndarray) -> np.ndarray:
-    """`e H e` of each row, float64."""
-    return np.einsum("nk,nk->n", errors @ hessian, errors, dtype=np.float64)

@@ -14,7 +14,6 @@ from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor, architect
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion.calibrated import calibrate, is_needed, read_text
-from mlxq.conversion.calibration import METHODS
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
 from mlxq.conversion.request import MODELFILE, CalibrationRequest, GgufRequest, manifest_name
@@ -23,6 +22,7 @@ from mlxq.formats import crossings
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
 from mlxq.plan.gguf_mixes import GgufModel
 from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan
+from mlxq.plan.methods import CALIBRATED
 from mlxq.plan.planner import Plan
 from mlxq.types import TensorInfo
 from mlxq.writers.gguf.hyperparameters import rope_tensors
@@ -61,7 +61,7 @@ def to_gguf(
         _, arch = architecture_for(checkpoint.config)
         parameters = ParameterMap(checkpoint)
         names = gguf_names(parameters)
-        has_importance = importance is not None or request.method in METHODS
+        has_importance = importance is not None or request.method in CALIBRATED
         plan = _plan(parameters, names, options, _model(checkpoint.config, arch), has_importance)
         without = check_importance(importance, plan.tensors, names)
         # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.

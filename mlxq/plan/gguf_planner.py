@@ -9,7 +9,8 @@ from mlxq.errors import PlanError
 from mlxq.plan.gguf_file_types import file_type
 from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import Overrides
-from mlxq.plan.planner import METHODS, Plan
+from mlxq.plan.methods import check_method
+from mlxq.plan.planner import Plan
 from mlxq.types import FLOAT_BYTES, Method, TensorInfo, TensorPlan
 
 #: File type of a float model when none is asked for: the usual compromise.
@@ -40,8 +41,7 @@ class GgufOptions:
     def __post_init__(self) -> None:
         if self.file_type is not None:
             object.__setattr__(self, "file_type", file_type(self.file_type)[0])
-        if self.method is not None and self.method not in METHODS:
-            raise PlanError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
+        check_method(self.method)
 
 
 @dataclass(frozen=True)

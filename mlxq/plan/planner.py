@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from mlxq.errors import FormatError, PlanError
 from mlxq.formats import geometry
 from mlxq.plan import dtypes
+from mlxq.plan.methods import check_method
 from mlxq.plan.recipes import PORTABLE_GROUP, RECIPES, check_portable, recipe_bits
 from mlxq.plan.recoding import RECODINGS
 from mlxq.plan.roles import layer_index, module_path, role
@@ -16,8 +17,6 @@ from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorInfo, TensorPl
 
 DEFAULT_BITS = 4
 DEFAULT_GROUP_SIZE = 64
-#: How codes can be asked to be chosen.
-METHODS = ("rtn", "search", "gptq")
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ class PlanOptions:
         _legal(self.base.bits, self.base.group_size, "")
         if self.recipe == "portable":
             check_portable(self.base.bits, self.base.group_size)
-        if self.method is not None and self.method not in METHODS:
-            raise PlanError(f"unknown method {self.method!r}: choose one of {', '.join(METHODS)}")
+        check_method(self.method)
         if self.method is not None and self.recipe == "portable":
             raise PlanError("--recipe portable has a search of its own: leave --method out")
         if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():

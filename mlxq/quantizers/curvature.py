@@ -69,9 +69,13 @@ class Curvature:
         inverse[self.order] = np.arange(len(self.order))
         return inverse
 
-    def output_error(self, errors: np.ndarray) -> np.ndarray:
-        """Mean squared output error, float64 `[N]`, of weights that are off by `errors` `[K, N]`, in `order`."""
-        return np.einsum("kn,kn->n", errors, self.hessian @ errors, dtype=np.float64)
+
+def output_errors(errors: np.ndarray, hessian: np.ndarray) -> np.ndarray:
+    """Mean squared output error `e H e`, float64 `[N]`, of each row of weights that are off by `errors` `[N, K]`.
+
+    `hessian` is float32 `[K, K]`, the mean of `x x^T`.
+    """
+    return np.einsum("nk,nk->n", errors @ hessian, errors, dtype=np.float64)
 
 
 def _order(diagonal: np.ndarray, sizes: Sequence[int]) -> np.ndarray:

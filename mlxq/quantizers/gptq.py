@@ -18,7 +18,7 @@ import numpy as np
 
 from mlxq.formats import affine, floats
 from mlxq.quantizers.curvature import Curvature
-from mlxq.quantizers.grid_search import rounding, search
+from mlxq.quantizers.grid_search import Rounding, rounding, search
 from mlxq.types import QuantizedTensor, QuantSpec
 
 #: Rows worked on at a time: what a group touches stays in the cache.
@@ -42,7 +42,7 @@ def quantize(
 
     Args:
         w: float32 `[N, K]`, finite.
-        curvature: of the layer's inputs, made for `spec.group_size`.
+        curvature: of the layer's inputs.
         spec: bits and group size.
         dtype: of scales and biases, `F32`, `F16` or `BF16`.
         sweeps: rounds of descent after the feedback.
@@ -122,7 +122,7 @@ def _descend(w: np.ndarray, rows: _Rows, hessian: np.ndarray, spec: QuantSpec, d
 
 
 def _solve_grid(
-    local: np.ndarray, g: np.ndarray, q: np.ndarray, s: np.ndarray, b: np.ndarray, to: object
+    local: np.ndarray, g: np.ndarray, q: np.ndarray, s: np.ndarray, b: np.ndarray, to: Rounding
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale and bias of least error for the codes as they are; the old ones where rounding spoils the gain."""
     hq, ones = local @ q, local.sum(axis=1)

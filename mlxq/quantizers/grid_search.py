@@ -13,20 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from itertools import product
 
 import numpy as np
 
 from mlxq.formats import floats
+from mlxq.quantizers.ggml.asymmetric import SEARCHES
+from mlxq.quantizers.ggml.line_search import LineSearch
 
-#: By bits: ranges as multiples of a step, and shifts of the lowest weight. Those for 2, 4 and 5 bits are the ones
-#: that were measured for ggml's types (`quantizers.ggml.asymmetric`).
-_SEARCH: dict[int, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    2: ((2.5, 2.9, 3.3, 3.7), (-0.25, 0.25)),
-    3: ((5.8, 6.3, 6.8, 7.3), (-0.25, 0.25)),
-    4: ((13.4, 14.0, 14.6, 15.2, 15.8), (-0.25, 0.25)),
-    5: ((28.0, 28.95, 29.9, 30.85, 31.8), (-0.2, 0.2)),
-    6: ((60.0, 61.5, 63.0), (0.0,)),
-    8: ((254.5,), (0.0,)),
+#: By bits: ranges as multiples of a step, and shifts of the lowest weight.
+_SEARCHES = {
+    2: SEARCHES["Q2_K"],
+    3: LineSearch((5.8, 6.3, 6.8, 7.3), (-0.25, 0.25)),
+    4: SEARCHES["Q4_K"],
+    5: SEARCHES["Q5_K"],
+    6: LineSearch((60.0, 61.5, 63.0), (0.0,)),
+    8: LineSearch((254.5,), (0.0,)),
 }
 _REFINEMENTS = 2
 _TINY = 1e-30
@@ -54,15 +56,12 @@ def search(x: np.ndarray, importance: np.ndarray, bits: int, dtype: str) -> tupl
         scales (never 0), biases: float32 `[N]`, numbers of `dtype`.
     """
     group = _Group(x, importance, (1 << bits) - 1)
-    levels, shifts = _SEARCH[bits]
-    best = group.fit(levels[0], shifts[0])
-    for level in levels:
-        for shift in shifts:
-            if (level, shift) == (levels[0], shifts[0]):
-                continue
-            tried = group.fit(level, shift)
-            better = tried[0] < best[0]
-            best = [np.where(better, a, b) for a, b in zip(tried, best, strict=True)]
+    (first, *others) = product(_SEARCHES[bits].levels, _SEARCHES[bits].shifts)
+    best = group.fit(*first)
+    for level, shift in others:
+        tried = group.fit(level, shift)
+        better = tried[0] < best[0]
+        best = [np.where(better, a, b) for a, b in zip(tried, best, strict=True)]
     s, b = best[1:]
     for _ in range(_REFINEMENTS):
         moments = group.moments(group.codes(s, b))

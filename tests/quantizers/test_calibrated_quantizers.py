@@ -11,7 +11,7 @@ from mlxq.errors import FormatError
 from mlxq.formats import affine, crossings, floats
 from mlxq.formats.geometry import AFFINE_GROUP_SIZES
 from mlxq.quantizers import calibrated, gptq, rtn
-from mlxq.quantizers.curvature import Curvature
+from mlxq.quantizers.curvature import Curvature, output_errors
 from mlxq.quantizers.grid_search import rounding, search
 from mlxq.types import QuantSpec
 
@@ -202,8 +202,7 @@ def test_descent_never_raises_the_error(bits: int) -> None:
     errors = []
     for sweeps in range(4):
         w_hat = gptq.quantize(w, curvature, spec, "F16", sweeps=sweeps)[1]
-        e = (w - w_hat)[:, curvature.order].T
-        errors.append(curvature.output_error(e))
+        errors.append(output_errors((w - w_hat)[:, curvature.order], curvature.hessian))
     for before, after in pairwise(errors):
         # Every row for itself; products in float32.
         assert (after <= before * (1 + 1e-4)).all()
