@@ -92,13 +92,18 @@ def calibration_sequences(
         raise CalibrationError(f"a sequence of {length} tokens has no room for text after {packer.start} at its start")
     if source == SELF:
         return _own_text(tokenizer, packer, seed, generate, progress)
-    digest = hashlib.sha256()
+    read = hashlib.sha256()
     for text in builtin.documents() if source == BUILTIN else text_files.documents(source, tokenizer):
-        digest.update(text.raw)
+        read.update(text.raw)
         packer.add(text.domain, encode(tokenizer, text.content) if isinstance(text.content, str) else text.content)
         if packer.full:
             break
-    return packer.result(str(source), Path(source).name, digest.hexdigest())
+    return packer.result(str(source), Path(source).name, read.hexdigest())
+
+
+def digest(sequences: np.ndarray) -> str:
+    """SHA-256 of token sequences (little-endian int32), in hexadecimal."""
+    return hashlib.sha256(np.ascontiguousarray(sequences, "<i4")).hexdigest()
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -160,8 +165,7 @@ class _Packer:
         self._check_vocabulary(shown, sequences)
         sequences = np.ascontiguousarray(sequences, np.int32)
         sequences.flags.writeable = False
-        digest = sha256 or hashlib.sha256(sequences.astype("<i4").tobytes()).hexdigest()
-        return CalibrationText(sequences, name, digest, sequences.size, self._domains(ids.size))
+        return CalibrationText(sequences, name, sha256 or digest(sequences), sequences.size, self._domains(ids.size))
 
     def _check_vocabulary(self, shown: str, sequences: np.ndarray) -> None:
         largest = int(sequences.max())

@@ -21,10 +21,10 @@ import numpy as np
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.observe import Moments, Observations, observing
 from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight
-from mlxq.calibration.texts import CalibrationText
+from mlxq.calibration.texts import CalibrationText, digest
 from mlxq.conversion.code_store import Codes, CodeStore
 from mlxq.conversion.coders import coder_of
-from mlxq.conversion.costs import Costs, digest
+from mlxq.conversion.costs import Costs
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CalibrationError, FormatError
 from mlxq.formats import floats

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.calibration.texts import CalibrationText
+from mlxq.calibration.texts import CalibrationText, digest
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import Cancelled, MlxqError, OutputError
 from mlxq.plan.planner import Plan
@@ -59,17 +59,17 @@ class CodeStore:
         self._output = output
         self._places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         text = json.dumps(key, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
+        wanted = hashlib.sha256(text.encode()).hexdigest()
         with writing(output):
             self._created = [p for p in self.path.parents if not p.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock()
-            belongs = self._belongs(digest)
+            belongs = self._belongs(wanted)
             for entry in self.path.iterdir():
                 if entry.is_dir() and not (belongs and entry.name.isdigit() and self._open(entry)):
                     remove_tree(entry)
             if not belongs:
-                (self.path / _KEY).write_text(json.dumps({"sha256": digest, "key": key}, indent=1, sort_keys=True))
+                (self.path / _KEY).write_text(json.dumps({"sha256": wanted, "key": key}, indent=1, sort_keys=True))
 
     def _lock(self) -> None:
         """The directory itself is locked, until the process ends or the store is left."""
@@ -88,9 +88,9 @@ class CodeStore:
             os.close(self._fd)
             self._fd = None
 
-    def _belongs(self, digest: str) -> bool:
+    def _belongs(self, wanted: str) -> bool:
         try:
-            return json.loads((self.path / _KEY).read_text())["sha256"] == digest
+            return json.loads((self.path / _KEY).read_text())["sha256"] == wanted
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -215,14 +215,13 @@ def store_key(
     from mlxq import __version__
 
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameters.checkpoint.files()]
-    sequences = hashlib.sha256(np.ascontiguousarray(text.sequences, "<i4")).hexdigest()
     planned = [[p.info.name, p.action, str(p.spec), p.dtype, p.method] for p in plan.tensors]
     asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in _NOT_IN_KEY}
     return {
         "mlxq": __version__,
         "files": files,
         "tensors": hashlib.sha256(repr(planned).encode()).hexdigest(),
-        "text": [text.name, text.sha256, sequences],
+        "text": [text.name, text.sha256, digest(text.sequences)],
         "request": asked,
         "measured": measured,
     }

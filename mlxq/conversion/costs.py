@@ -9,7 +9,6 @@ sensitivity times squared output error. Nothing is in memory but a block and the
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import zipfile
@@ -23,6 +22,7 @@ from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.observe import Moments, Observations
 from mlxq.calibration.sensitivity import Sensitivity, measure
 from mlxq.calibration.stream import BlockStream
+from mlxq.calibration.texts import digest
 from mlxq.errors import CalibrationError, FormatError, PlanError
 from mlxq.formats import floats
 from mlxq.formats.geometry import AFFINE_GROUP_SIZES
@@ -103,11 +103,6 @@ class Costs:
                 return cls(tensors, sensitivity, str(head["text"]))
         except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as e:
             raise PlanError(f"{path}: not a file of measured costs: {e}") from e
-
-
-def digest(sequences: np.ndarray) -> str:
-    """SHA-256 of token sequences, in hexadecimal."""
-    return hashlib.sha256(np.ascontiguousarray(sequences, "<i4")).hexdigest()
 
 
 def measure_costs(
