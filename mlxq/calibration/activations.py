@@ -49,5 +49,18 @@ class Activations:
             new[i] = hidden
         return new
 
+    def apart(self, aside: np.ndarray) -> Iterator[tuple[np.ndarray, mx.array, bool]]:
+        """The same by chunks, with sequences that `aside` (bool `[S]`) marks by themselves.
+
+        Yields which sequences, int `[s]`; their hidden states `[s, L, D]`; whether they are marked.
+        """
+        for part, hidden in zip(self.chunks, self, strict=True):
+            for marked in (False, True):
+                some = np.flatnonzero(aside[part] == marked)
+                if len(some) == len(hidden):
+                    yield part.start + some, hidden, marked
+                elif len(some):
+                    yield part.start + some, hidden[mx.array(some)], marked
+
     def __iter__(self) -> Iterator[mx.array]:
         return (self[i] for i in range(len(self.chunks)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,9 @@ import numpy as np
 
 from mlxq.runtime.block_layout import Proxy
 from mlxq.runtime.weights import on_accelerator
+
+#: A stack of experts has so many times the rows of one matrix put aside, all its experts together.
+_STACK_ASIDE = 4
 
 
 @dataclass
@@ -30,32 +34,49 @@ class Moments:
         counts: int `[n]`, rows of x in each; n is 1, or the number of experts.
         held: whose moments these are: all, or those experts whose turn it is.
         squares: float32 `[K]`, sums of squares over the rows of all experts, held or not.
+        aside: rows of x that are in none of these sums, to measure on what was made of them, by matrix, in pieces.
     """
 
     total: np.ndarray
     counts: np.ndarray
     held: range
     squares: np.ndarray
+    aside: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, n: int, K: int, held: range | None = None) -> Moments:
         held = range(n) if held is None else held
         return cls(np.zeros((len(held), K, K), np.float32), np.zeros(n, np.int64), held, np.zeros(K, np.float32))
 
-    def add(self, x: mx.array, experts: np.ndarray | None, weights: np.ndarray | None = None) -> None:
+    def add(
+        self,
+        x: mx.array,
+        experts: np.ndarray | None,
+        weights: np.ndarray | None = None,
+        aside: int | None = None,
+    ) -> None:
         """Count rows of x `[..., K]`; `experts` says for each which expert of a stack it went to.
 
-        `weights` float32 `[rows]`, of mean 1, say how much each counts; experts' rows count alike.
+        `weights` float32 `[rows]`, of mean 1, say how much each counts; experts' rows count alike. With `aside` they
+        are not counted, but so many for each matrix are put aside.
         """
+        take = self._add if aside is None else partial(self._put_aside, aside)
+        rows = x.reshape(-1, x.shape[-1])
         if experts is None:
-            rows = x.reshape(-1, x.shape[-1])
             if weights is not None:
                 rows = rows.astype(mx.float32) * mx.array(np.sqrt(weights))[:, None]
-            self._add(0, rows)
+            take(0, rows)
             return
-        rows = x.reshape(-1, x.shape[-1])
         for expert in np.unique(experts):
-            self._add(int(expert), rows[mx.array(np.flatnonzero(experts == expert))])
+            take(int(expert), rows[mx.array(np.flatnonzero(experts == expert))])
+
+    def _put_aside(self, most: int, i: int, rows: mx.array) -> None:
+        if i not in self.held:
+            return
+        if len(rows) > most:
+            some = np.random.default_rng(len(rows)).choice(len(rows), most, replace=False)
+            rows = rows[mx.array(np.sort(some))]
+        self.aside.setdefault(i, []).append(np.array(rows.astype(mx.float32)))
 
     def _add(self, i: int, rows: mx.array) -> None:
         self.counts[i] += len(rows)
@@ -73,6 +94,10 @@ class Moments:
     def hessian(self, i: int = 0) -> np.ndarray:
         """Mean of `x x^T`, float32 `[K, K]`, of one that is held; 0 where nothing was counted."""
         return self.total[i - self.held.start] / np.float32(max(self.counts[i], 1))
+
+    def rows_aside(self, i: int = 0) -> np.ndarray:
+        """Float32 `[n, K]`, of one that is held; n may be 0."""
+        return np.concatenate([np.zeros((0, self.total.shape[-1]), np.float32), *self.aside.get(i, ())])
 
     def mean_squares(self, i: int = 0) -> np.ndarray:
         """Float32 `[K]`, of one that is held."""
@@ -94,6 +119,7 @@ class Observations:
         by_token: the same summed over outputs instead, float32 `[tokens]` in pieces, as they were run; not for experts.
         order: names in the order in which the block uses them.
         weights: how much each token of what is being run counts in `moments`, by name; None: all alike.
+        aside: how many rows for each matrix are put aside of what is being run, which is not counted; None: it is.
         room: bytes for the moments of a stack of experts; None: no limit. Where all have no room, those of some are
             held, the next of them at each `turn`, counted from 0: what is observed has to run again for each.
     """
@@ -103,6 +129,7 @@ class Observations:
     by_token: dict[str, list[np.ndarray]] = field(default_factory=dict)
     order: list[str] = field(default_factory=list)
     weights: Callable[[str], np.ndarray | None] = field(default=lambda name: None)
+    aside: int | None = None
     room: int | None = None
     turn: int = 0
 
@@ -219,7 +246,10 @@ class _Observed(Proxy):
         if into not in moments:
             n, K = n if experts is None else self._module.weight.shape[0], x.shape[-1]
             moments[into] = Moments.empty(n, K, self._into.held(n, K))
-        moments[into].add(rows, which, None if experts else self._into.weights(into))
+        aside = self._into.aside
+        if aside and experts:
+            aside = -(-_STACK_ASIDE * aside // len(moments[into].counts))
+        moments[into].add(rows, which, None if experts else self._into.weights(into), aside)
 
     def _square(self, experts: tuple[mx.array, np.ndarray, int] | None) -> Callable[[mx.array], None]:
         def take(gradient: mx.array) -> None:

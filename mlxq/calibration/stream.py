@@ -203,15 +203,22 @@ class BlockStream:
         names = [name for path in self.parts for name in names_of(path)]
         return observing(self._model, "", names, into, **what)
 
-    def inputs_of_head(self, names_of: Callable[[str], Sequence[str]]) -> Observations:
-        """Second moments of what goes into the matrices beside the blocks, after the last block."""
+    def inputs_of_head(
+        self, names_of: Callable[[str], Sequence[str]], aside: np.ndarray | None = None, most: int = 0
+    ) -> Observations:
+        """Second moments of what goes into the matrices beside the blocks, after the last block.
+
+        Of sequences that `aside` (bool `[S]`) marks, `most` rows altogether are put aside.
+        """
+        aside = np.zeros(len(self._sequences), bool) if aside is None else aside
         seen = Observations()
         with self.observing_parts(names_of, seen, inputs=False):
             self.head(self.activations[0][:1, :1])
         if not seen.order:
             return seen
         with self.observing_parts(names_of, seen, last=seen.order[-1]):
-            for hidden in self.activations:
+            for which, hidden, marked in self.activations.apart(aside):
+                seen.aside = share_of(most, len(which), aside) if marked else None
                 # Logits are large, and only what goes in is wanted.
                 with contextlib.suppress(InputSeen):
                     self.head(hidden)
@@ -224,6 +231,10 @@ class BlockStream:
     def head(self, hidden: mx.array) -> mx.array:
         """Logits `[S, L, vocabulary]` for what came out of the last block, `[S, L, D]`; lazy."""
         return logits_of(self._forward(mx.zeros(hidden.shape[:2], mx.int32), lambda index, args, kwargs: hidden))
+
+    @property
+    def n_sequences(self) -> int:
+        return len(self._sequences)
 
     @property
     def n_tokens(self) -> int:
@@ -249,6 +260,11 @@ class BlockStream:
     def _intercept(self, index: int, lazy: LazyModule) -> Proxy:
         self._lazy.append(lazy)
         return _Intercepted(lazy, index, self)
+
+
+def share_of(most: int, n: int, aside: np.ndarray) -> int:
+    """How many of `most` rows are those of `n` of the sequences that `aside` marks."""
+    return max(1, most * n // max(int(aside.sum()), 1))
 
 
 def put_weight(owner: Any, path: str, weight: mx.array) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.observe import Moments, Observations, observing
-from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight
+from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight, share_of
 from mlxq.calibration.texts import CalibrationText, digest
 from mlxq.conversion.code_store import Codes, CodeStore
 from mlxq.conversion.coders import coder_of
@@ -37,6 +37,9 @@ from mlxq.writers.measured import counted
 
 #: Rows of input, as a share of the number of inputs, below which an expert has no Hessian of its own.
 _LEAST_COVERAGE = 0.25
+#: Of the sequences one in so many is held out: nothing is fitted to it, and it says which method loses least. So many
+#: rows of each matrix's input are looked at, but where an expert saw fewer than the least, those it was fitted to.
+_HELD_OUT, _HELD_OUT_ROWS, _LEAST_HELD_OUT = 16, 1024, 32
 #: Tokens that say what goes into a head which is the embedding; more where it is wide.
 _HEAD_TOKENS = 4096
 #: Damping of the gradients' second moments at an embedding, whose free directions cost something where errors are
@@ -52,7 +55,8 @@ class Calibration:
     Attributes:
         store: where the codes go.
         notes: what a person should know: fallbacks, experts that the text did not reach.
-        errors: parameter -> squared output error, of what the method made and of rounding to nearest, relative.
+        errors: parameter -> squared output error, of what was kept and of rounding to nearest, relative, on sequences
+            that are held out.
     """
 
     parameters: ParameterMap
@@ -71,6 +75,9 @@ class Calibration:
         self._coder = coder_of(self.plan)
         self._starved: dict[str, int] = {}
         self._blind: list[str] = []
+        #: Parameter -> method -> matrices that it was kept for, instead of the one that was asked for.
+        self._instead: dict[str, dict[str, int]] = {}
+        self._aside = held_out(len(self.text.sequences))
         limit = self.request.max_memory
         #: Bytes for hidden states, and for the second moments of a stack of experts.
         self._room = None if limit is None else limit // 4
@@ -102,6 +109,7 @@ class Calibration:
                 f"what goes into {counted(self._blind)} was not seen, so they were searched with all inputs alike: "
                 f"{self._blind[0]}"
             )
+        self.notes += _other_methods(self._instead)
         if self._starved:
             n = sum(self._starved.values())
             self.notes.append(
@@ -112,7 +120,7 @@ class Calibration:
     def _visit(self, block: Block, activations: Activations) -> None:
         self.cancel.check()
         names = self._names(block.path)
-        total = len(activations.chunks) * 2
+        total = 2 * len(self._aside)
         if not self._is_done(block.index + 1) and names:
             self._quantize(block.index + 1, self._observed(block, activations, names))
         for name in names:
@@ -124,25 +132,28 @@ class Calibration:
             activations[i] = output
             if not bool(mx.isfinite(output).all()):
                 raise CalibrationError(f"{block.path}: its output is not finite on the calibration text")
-            self._report(block.index, total // 2 + i + 1, total)
+            self._report(block.index, total // 2 + activations.chunks[i].stop, total)
 
     def _observed(self, block: Block, activations: Activations, names: Sequence[str]) -> Iterator[Observations]:
         """What goes into the matrices of a block; stacks of experts that have no room at once, some at a time."""
         for turn in count():
             seen = Observations(room=self._room, turn=turn)
             with observing(block.module, block.path, names, seen):
-                for i, hidden in enumerate(activations):
+                done = 0
+                for which, hidden, marked in activations.apart(self._aside):
                     self.cancel.check()
-                    seen.weights = self._weights_of(activations.chunks[i])
+                    seen.weights = self._weights_of(which)
+                    seen.aside = share_of(_HELD_OUT_ROWS, len(which), self._aside) if marked else None
                     mx.eval(block(hidden))
+                    done += len(which)
                     if turn == 0:
-                        self._report(block.index, i + 1, 2 * len(activations.chunks))
+                        self._report(block.index, done, 2 * len(self._aside))
             yield seen
             names = seen.waiting()
             if not names:
                 return
 
-    def _weights_of(self, chunk: slice) -> Callable[[str], np.ndarray | None]:
+    def _weights_of(self, sequences: np.ndarray) -> Callable[[str], np.ndarray | None]:
         """How much each token of some sequences counts for a matrix's Hessian: half alike, half by its gradients.
 
         Measured: KL of 4-bit codes 0.0727 with all alike, 0.0653 by gradients alone, 0.0620 by halves.
@@ -153,10 +164,11 @@ class Calibration:
             found = self._measured.token_weights.get(name) if self._measured else None
             if found is None:
                 return None
-            weights = np.ones((chunk.stop - chunk.start) * length, np.float32)
-            known = found[chunk.start * length : chunk.stop * length]
-            weights[: len(known)] = 0.5 + 0.5 * known
-            return weights
+            weights = np.ones((len(sequences), length), np.float32)
+            known = found.reshape(-1, length)
+            some = sequences < len(known)
+            weights[some] = 0.5 + 0.5 * known[sequences[some]]
+            return weights.ravel()
 
         return of
 
@@ -166,6 +178,7 @@ class Calibration:
         parts: dict[str, list[Codes]] = {}
         errors: dict[str, np.ndarray] = {}
         starved: dict[str, int] = {}
+        instead: dict[str, dict[str, int]] = {}
         for seen in turns:
             for group in seen.by_input():
                 moments = seen.moments[group[0]]
@@ -173,13 +186,17 @@ class Calibration:
                     curvature = self._curvature_of(moments, i, group)
                     for name in group:
                         self.cancel.check()
-                        part, error = self._matrix(name, i, moments, curvature)
-                        parts.setdefault(name, []).append(part)
-                        errors[name] = errors.get(name, 0) + error
+                        best = self._matrix(name, i, moments, curvature)
+                        parts.setdefault(name, []).append(best.codes)
+                        errors[name] = errors.get(name, 0) + best.errors
                         if curvature is None and self._plans[name].method == "gptq":
                             starved[name] = starved.get(name, 0) + 1
+                        elif best.method != self._plans[name].method:
+                            of = instead.setdefault(name, {})
+                            of[best.method] = of.get(best.method, 0) + 1
         codes = {name: self._coder.stacked(p, self._plans[name].info.shape) for name, p in parts.items()}
         notes = {"errors": {name: [float(e) for e in of] for name, of in errors.items()}, "starved": starved}
+        notes["instead"] = instead
         self.store.put(step, codes | others, notes)
         self._is_done(step)
 
@@ -189,6 +206,7 @@ class Calibration:
         if notes is not None:
             self.errors |= notes["errors"]
             self._starved |= notes["starved"]
+            self._instead |= notes.get("instead", {})
             self._blind += notes.get("blind", [])
         return notes is not None
 
@@ -205,25 +223,40 @@ class Calibration:
     def _curvature(self, hessian: np.ndarray, damp: float = DAMP) -> Curvature:
         return Curvature.of(hessian, damp, sizes=self._coder.sizes)
 
-    def _matrix(self, name: str, i: int, moments: Moments, curvature: Curvature | None) -> tuple[Codes, np.ndarray]:
+    def _matrix(self, name: str, i: int, moments: Moments, curvature: Curvature | None) -> _Kept:
         plan = self._plans[name]
         w = self._weights(name, slice(i, i + 1) if len(plan.info.shape) > 2 else None)
         curvature = curvature if plan.method == "gptq" else None
         own = moments.counts[i] and curvature is None
         importance = moments.mean_squares(i) if own else moments.pooled_squares()
-        return self._best(w.reshape(w.shape[-2:]), plan, curvature, importance, moments.hessian(i))
+        return self._best(w.reshape(w.shape[-2:]), plan, curvature, importance, _held_out_errors(moments, i))
 
     def _best(
-        self, w: np.ndarray, plan: TensorPlan, curvature: Curvature | None, importance: np.ndarray, hessian: np.ndarray
-    ) -> tuple[Codes, np.ndarray]:
-        """What loses least on the calibration text: the method's codes, or those of rounding to nearest."""
-        how = {"curvature": curvature, "importance": importance, "sweeps": self.request.sweeps}
-        made = self._coder.quantize(w, plan, **how)
-        plain = self._coder.rounded(w, plan)
-        size = max(output_errors(w, hessian).sum(), 1e-30)
-        errors = [output_errors(w - w_hat, hessian).sum() / size for _, w_hat in (made, plain)]
-        best = made if errors[0] <= errors[1] else plain
-        return best[0], np.array([min(errors), errors[1]])
+        self,
+        w: np.ndarray,
+        plan: TensorPlan,
+        curvature: Curvature | None,
+        importance: np.ndarray,
+        errors_of: Callable[[np.ndarray], float],
+    ) -> _Kept:
+        """What loses least on sequences that are held out: the method's codes, or those of rounding to nearest.
+
+        Where rounding wins over error feedback, a search is tried, too.
+        """
+        size = max(errors_of(w), 1e-30)
+        found: list[tuple[float, str, Codes]] = []
+
+        def try_it(method: str, made: tuple[Codes, np.ndarray]) -> float:
+            found.append((errors_of(w - made[1]) / size, method, made[0]))
+            return found[-1][0]
+
+        searched = {"importance": importance, "sweeps": self.request.sweeps}
+        own = try_it(plan.method, self._coder.quantize(w, plan, curvature=curvature, **searched))
+        plain = try_it("rtn", self._coder.rounded(w, plan))
+        if plain < own and curvature is not None:
+            try_it("search", self._coder.quantize(w, plan, **searched))
+        error, method, codes = min(found, key=lambda f: f[0])
+        return _Kept(codes, method, np.array([error, plain]))
 
     def _embedding(self, stream: BlockStream) -> None:
         """Matrices that are looked up: by the gradients that come back to them, else searched.
@@ -264,15 +297,18 @@ class Calibration:
         with BlockStream(self.parameters, self.text.sequences[some], room=self._room) as stream:
             stream.embed()
             stream.run(forwards)
-            return stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")])
+            return self._inputs_of_head(stream, names)
+
+    def _inputs_of_head(self, stream: BlockStream, names: Sequence[str]) -> Observations:
+        aside = held_out(stream.n_sequences)
+        return stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")], aside, _HELD_OUT_ROWS)
 
     def _head(self, stream: BlockStream) -> None:
         step = stream.n_blocks + 1
         names = [n for path in stream.parts for n in self._names(path) if n not in self.store]
         if self._is_done(step) or not names:
             return
-        seen = stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")])
-        self._quantize(step, [seen])
+        self._quantize(step, [self._inputs_of_head(stream, names)])
 
     def _rest(self, step: int) -> None:
         """Matrices that the text never reached, or whose kind of layer is not known."""
@@ -315,3 +351,38 @@ class Calibration:
         if self.progress:
             of_all = self._n_blocks * total
             self.progress(Progress("calibrate", index * total + done, of_all, "passes", f"block {index + 1}"))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What was made of a matrix: by which method, and the relative errors of that and of rounding to nearest."""
+
+    codes: Codes
+    method: str
+    errors: np.ndarray
+
+
+def held_out(n: int) -> np.ndarray:
+    """Which of `n` sequences are held out, bool `[n]`: at least one of four or more."""
+    return (np.arange(n) % _HELD_OUT == min(n, _HELD_OUT) // 2) & (n >= 4)
+
+
+def _held_out_errors(moments: Moments, i: int) -> Callable[[np.ndarray], float]:
+    """Squared output error of weights that are off by `[N, K]`, on rows that nothing was fitted to if there are any."""
+    rows = moments.rows_aside(i)
+    if len(rows) < _LEAST_HELD_OUT:
+        hessian = moments.hessian(i)
+        return lambda errors: float(output_errors(errors, hessian).sum())
+    return lambda errors: float(np.square(rows @ errors.T).sum(dtype=np.float64)) / len(rows)
+
+
+def _other_methods(instead: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """How many matrices have codes of another method than the one asked for, and which is the first."""
+    out = []
+    for method, did in (("search", "searched without error feedback"), ("rtn", "rounded to nearest")):
+        counts = {name: of[method] for name, of in instead.items() if method in of}
+        if counts:
+            n = sum(counts.values())
+            matrices = "1 matrix is" if n == 1 else f"{n} matrices are"
+            out.append(f"{matrices} {did}, which loses least on text that is held out: {min(counts)}")
+    return out
