@@ -39,7 +39,8 @@ class TensorInfo:
     `dtype` is the storage format: `F32`, `F16`, `BF16`, a ggml type name such as `Q4_1`, or `AFFINE`.
     `nbytes` counts everything stored for it, scales and biases included. `spec` is the affine grid that an
     already quantized source holds exactly, or None, and `scales_dtype` the float type of its scales and biases.
-    `module` says which kind of layer owns the tensor.
+    `permuted_spec` is the grid that holds it once its columns are in another order (`Checkpoint.read_order`); `spec` is
+    None then. `module` says which kind of layer owns the tensor.
     """
 
     name: str
@@ -49,6 +50,7 @@ class TensorInfo:
     spec: QuantSpec | None = None
     scales_dtype: str | None = None
     module: ModuleKind = "other"
+    permuted_spec: QuantSpec | None = None
 
     @property
     def size(self) -> int:

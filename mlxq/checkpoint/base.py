@@ -49,6 +49,16 @@ class Checkpoint(ABC):
         """
         raise NotImplementedError(f"{type(self).__name__} holds no quantized tensors")
 
+    def read_order(self, name: str) -> np.ndarray:
+        """Column of a tensor that each column of `read_quantized` is, int32 `[K]`.
+
+        For tensors whose `TensorInfo.permuted_spec` is set: `w @ x` is `w[:, order] @ x[order]`.
+
+        Raises:
+            CheckpointError: no such tensor, or its columns are in order.
+        """
+        raise NotImplementedError(f"{type(self).__name__} holds no columns out of order")
+
     def read_blocks(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Blocks of a tensor whose `TensorInfo.dtype` is a ggml type, uint8 `[..., row_bytes]`.
 

@@ -150,33 +150,6 @@ def _add(config: dict[str, Any], key: str, value: Any) -> None:
         config[key] = value
 
 
-def refuse_quantized(config: dict[str, Any], where: object) -> None:
-    """Refuse, by name, weights that another method has quantized.
-
-    Raises:
-        CheckpointError: `quantization_config` (or `compression_config`) says so, here or in `text_config`.
-    """
-    for part in (config, config.get("text_config") or {}):
-        for key in ("quantization_config", "compression_config"):
-            settings = part.get(key)
-            if settings:
-                raise CheckpointError(
-                    f"{where} says that the weights are already quantized with {_method(settings)},"
-                    " which cannot be read yet; start from the model's unquantized weights"
-                )
-
-
-def _method(settings: Any) -> str:
-    if not isinstance(settings, dict):
-        return quoted(settings)
-    nested = settings.get("quantization")
-    for part in (settings, nested if isinstance(nested, dict) else {}):
-        name = part.get("quant_method") or part.get("quant_algo")
-        if isinstance(name, str) and name:
-            return name
-    return "an unnamed method"
-
-
 def eos_token_ids(*sources: Any) -> tuple[int, ...]:
     """Stop tokens: the sorted union over all sources.
 

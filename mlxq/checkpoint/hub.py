@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlxq.checkpoint.config import read_config
-from mlxq.checkpoint.huggingface import is_companion, is_tokenizer, refuse_quantized_directory
+from mlxq.checkpoint.huggingface import is_companion, is_tokenizer
+from mlxq.checkpoint.packed.schemes import check_directory
 from mlxq.checkpoint.shards import INDEX, explain_no_weights, find_weights, read_index
 from mlxq.errors import CheckpointError, MlxqError
 from mlxq.types import Progress, ProgressCallback
@@ -112,7 +113,7 @@ def _download(
     snapshot = Path(path).parent
     config = read_config(snapshot)
     if config.get("quantization") is None:
-        refuse_quantized_directory(snapshot, config, label)
+        check_directory(snapshot, config, label)
     if accept is not None:
         accept(config)
     needed = _needed(snapshot, sizes)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from mlxq.checkpoint.base import Checkpoint
-from mlxq.checkpoint.config import read_config, read_generation_config, read_json, refuse_quantized
+from mlxq.checkpoint.config import read_config, read_generation_config
 from mlxq.checkpoint.safetensors import Entry, quoted
 from mlxq.checkpoint.shards import ShardedTensors
 from mlxq.errors import CheckpointError
@@ -71,18 +70,6 @@ def is_tokenizer(names: Iterable[str]) -> bool:
     if any(fnmatch.fnmatch(name, pattern) for name in names for pattern in _TOKENIZERS):
         return True
     return "vocab.txt" in names or ("vocab.json" in names and "merges.txt" in names)
-
-
-def refuse_quantized_directory(directory: Path, config: dict[str, Any], where: object) -> None:
-    """Refuse weights that another method has quantized, as config.json or ModelOpt's own file tells.
-
-    Raises:
-        CheckpointError: they are quantized; `where` is what the message calls the model.
-    """
-    refuse_quantized(config, f"{where}: config.json")
-    extern = directory / "hf_quant_config.json"
-    if extern.exists():
-        refuse_quantized({"quantization_config": read_json(extern)}, f"{where}: {extern.name}")
 
 
 class SafetensorsDirectory(Checkpoint):
@@ -152,13 +139,12 @@ class HuggingFaceCheckpoint(SafetensorsDirectory):
     and cannot be read.
 
     Raises:
-        CheckpointError: no readable weights or configuration, or weights that are already quantized.
+        CheckpointError: no readable weights or configuration, or packed weights (`packed.checkpoint` reads those).
     """
 
     kind = "huggingface"
 
     def __init__(self, path: str | Path):
         super().__init__(Path(path))
-        refuse_quantized_directory(self.path, self.config, self.path)
         self._open_weights()
         self.tensors = {name: self._float_info(name, entry) for name, entry in self._stored.tensors.items()}

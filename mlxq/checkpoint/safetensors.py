@@ -38,9 +38,10 @@ DTYPE_BITS = {
     "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8,
 }  # fmt: skip
 
-#: The dtypes that can be read, and what they become in NumPy. BF16 stays bits.
-_NUMPY = {
+#: The dtypes that can be read, and what they become in NumPy. BF16 and floats of 8 bits stay bits.
+NUMPY_DTYPES = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?",
+    "F8_E4M3": "u1", "F8_E5M2": "u1", "F8_E8M0": "u1",
     "I64": "<i8", "U64": "<u8", "I32": "<i4", "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1",
 }  # fmt: skip
 
@@ -172,9 +173,9 @@ class SafetensorsFile:
         entry = self.tensors.get(name)
         if entry is None:
             raise self._fail(f"no tensor {quoted(name)}")
-        if entry.dtype not in _NUMPY:
+        if entry.dtype not in NUMPY_DTYPES:
             raise self._fail(f"tensor {quoted(name)} is {entry.dtype}, which cannot be read yet")
-        dtype = np.dtype(_NUMPY[entry.dtype])
+        dtype = np.dtype(NUMPY_DTYPES[entry.dtype])
         shape, offset = entry.shape, entry.offset
         if rows is not None:
             first, count = row_range(rows, shape)

@@ -12,6 +12,8 @@ from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import read_config
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint
 from mlxq.checkpoint.mlx_directory import MlxCheckpoint
+from mlxq.checkpoint.packed.checkpoint import PackedCheckpoint
+from mlxq.checkpoint.packed.schemes import find_settings
 from mlxq.errors import CheckpointError
 from mlxq.types import ProgressCallback
 
@@ -47,12 +49,14 @@ def open_checkpoint(
 
 
 def _open_directory(path: Path) -> Checkpoint:
-    """As MLX quantized it when config.json has `quantization`, else as Hugging Face keeps it."""
+    """As MLX quantized it when config.json has `quantization`, else as Hugging Face keeps it, packed or not."""
     files = sorted(p.name for p in path.glob("*.gguf"))
     if files and not (path / "config.json").exists():
         raise CheckpointError(f"{path}: a directory of GGUF files; name one of them, such as {path / files[0]}")
-    quantized = read_config(path).get("quantization") is not None
-    return MlxCheckpoint(path) if quantized else HuggingFaceCheckpoint(path)
+    config = read_config(path)
+    if config.get("quantization") is not None:
+        return MlxCheckpoint(path)
+    return HuggingFaceCheckpoint(path) if find_settings(path, config) is None else PackedCheckpoint(path)
 
 
 def resolve(
