@@ -111,8 +111,11 @@ def _make(out: Path, text: str, entry: str, build: Build, user_files: tuple[str,
 
 
 def _check(source: Path, command: list[str | Path], user_files: tuple[str, ...]) -> None:
-    toolchain.run([*command, "-fsyntax-only", source])
-    _raise(_lint(source, command, user_files))
+    """Compile without code, and lint what the compiler read, in one run of it: diagnostics and tree come apart."""
+    if not user_files:
+        toolchain.run([*command, "-fsyntax-only", source])
+        return
+    _raise(lint(toolchain.run(_dump(source, command)), lambda name: name in user_files))
 
 
 def _raise(faults: list[Fault]) -> None:
@@ -157,7 +160,10 @@ def _object(source: Path, command: list[str | Path], out: Path, count: bool) -> 
 
 
 def _lint(source: Path, command: list[str | Path], user_files: tuple[str, ...]) -> list[Fault]:
-    dump = [*command, "-fsyntax-only", "-w", "-Xclang", "-ast-dump", "-fno-color-diagnostics", source]
-    done = subprocess.run([str(c) for c in dump], capture_output=True, text=True, check=False)
+    done = subprocess.run([str(c) for c in _dump(source, command)], capture_output=True, text=True, check=False)
     # Where the text does not compile, the compiler says why.
     return lint(done.stdout, lambda name: name in user_files) if done.returncode == 0 else []
+
+
+def _dump(source: Path, command: list[str | Path]) -> list[str | Path]:
+    return [*command, "-fsyntax-only", "-Xclang", "-ast-dump", "-fno-color-diagnostics", source]

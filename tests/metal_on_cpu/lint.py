@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 
 _LOCATION = re.compile(r"(?:^|[<\s,])([^\s<>,:]+):(\d+):(\d+)")
-_NODE = re.compile(r"^[\s|`-]*(\w+) (0x[0-9a-f]+)")
 _CALLEE = re.compile(r" (?:Function|CXXMethod) (0x[0-9a-f]+) '")
 _FUNCTION_NAME = re.compile(r" (\S+) '[^']*'")
 _DOUBLE = re.compile(r"(^|[^\w])(long )?double($|[^\w])")
@@ -15,6 +14,9 @@ _FUNCTIONS = ("FunctionDecl", "CXXMethodDecl", "CXXConstructorDecl")
 _VARIABLES = ("VarDecl", "ParmVarDecl", "FieldDecl")
 _GENERIC_CHECKED = (*_VARIABLES, "CStyleCastExpr", "CXXReinterpretCastExpr", "CXXStaticCastExpr")
 _DOUBLE_CHECKED = (*_VARIABLES, "CStyleCastExpr", "CXXFunctionalCastExpr", "FloatingLiteral")
+_REFERENCES = ("DeclRefExpr", "MemberExpr")
+#: Kinds of nodes that are looked at; others only say where their children lie.
+_SEEN = {*_FUNCTIONS, *_REFERENCES, *_GENERIC_CHECKED, *_DOUBLE_CHECKED, "GotoStmt", "LabelStmt", "LambdaExpr"}
 
 Fault = tuple[str, int, str]  # file, line, message
 
@@ -27,7 +29,7 @@ def lint(ast: str, is_user: Callable[[str], bool]) -> list[Fault]:
 class _Linter:
     def __init__(self, is_user: Callable[[str], bool]) -> None:
         self.is_user = is_user
-        self.file, self.line = "", 0
+        self.file, self.line, self.in_user = "", 0, is_user("")
         self.faults: dict[Fault, None] = {}
         self.functions: list[
             tuple[int, str | None]
@@ -36,37 +38,52 @@ class _Linter:
         self.calls: dict[str, set[str]] = {}
 
     def run(self, ast: str) -> list[Fault]:
+        # Millions of rows: most are passed over with a few splits, regular expressions see those that can matter.
         for row in ast.splitlines():
-            m = _NODE.match(row)
-            if m:
-                self._node(row, *m.groups())
+            head, _, rest = row.partition(" 0x")
+            kind = head[head.rfind("-") + 1 :]
+            if not rest or not kind.isalnum():
+                continue
+            place = rest.partition("'")[0]
+            if place.count(":") != place.count("col:"):
+                self._move(place)
+            depth = len(head) - len(kind)
+            functions = self.functions
+            while functions and functions[-1][0] >= depth:
+                functions.pop()
+            if kind in _SEEN:
+                self._node(row, kind, "0x" + rest.partition(" ")[0], depth, place)
         self._recursions()
         return list(self.faults)
 
-    def _node(self, row: str, kind: str, address: str) -> None:
-        depth = row.index(kind)
-        for at in _LOCATION.finditer(row.split("'", 1)[0]):
-            self.file = self.file if at.group(1) == "line" else at.group(1)
+    def _move(self, place: str) -> None:
+        """Locations of a row say what has changed since the row before."""
+        for at in _LOCATION.finditer(place):
+            if at.group(1) != "line":
+                self.file = at.group(1)
+                self.in_user = self.is_user(self.file)
             self.line = int(at.group(2))
-        while self.functions and self.functions[-1][0] >= depth:
-            self.functions.pop()
+
+    def _node(self, row: str, kind: str, address: str, depth: int, place: str) -> None:
         if kind in _FUNCTIONS:
-            self.functions.append((depth, None if " implicit " in row.split("'", 1)[0] else address))
+            self.functions.append((depth, None if " implicit " in f" {place} " else address))
             name = _FUNCTION_NAME.search(row)
             self.names[address] = (self.file, self.line, name.group(1) if name else "?")
-        callee = _CALLEE.search(row)
-        caller = self.functions[-1][1] if self.functions else None
-        if caller and callee and kind in ("DeclRefExpr", "MemberExpr"):
-            self.calls.setdefault(caller, set()).add(callee.group(1))
+        elif kind in _REFERENCES:
+            caller = self.functions[-1][1] if self.functions else None
+            callee = _CALLEE.search(row) if caller else None
+            if callee:
+                self.calls.setdefault(caller, set()).add(callee.group(1))
+            return
         # The copy constructor that clang gives a class has parameters without an address space.
-        implicit = any(function is None for _, function in self.functions)
-        if self.is_user(self.file) and not implicit:
-            types = re.findall(r"'([^']*)'", row)
-            message = _fault(kind, types[0] if types else "")
-            if kind == "CXXMethodDecl" and _VIRTUAL.search(row):
-                message = "Metal has no virtual functions"
-            if message:
-                self.faults[self.file, self.line, message] = None
+        if not self.in_user or any(function is None for _, function in self.functions):
+            return
+        types = row.split("'", 2)
+        message = _fault(kind, types[1] if len(types) == 3 else "")
+        if kind == "CXXMethodDecl" and _VIRTUAL.search(row):
+            message = "Metal has no virtual functions"
+        if message:
+            self.faults[self.file, self.line, message] = None
 
     def _recursions(self) -> None:
         open_now, done = set(), set()
