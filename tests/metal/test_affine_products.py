@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+
 import affine_cases
+import covering
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -25,13 +28,18 @@ SHAPES = [
 ]
 QUICK_ROWS = (1, 3, 16, 33)
 SLOW_ROWS = (2, 7, 8, 9, 17, 64)
-SWEEP = [(bits, group, dtype) for bits in AFFINE_BITS for group in (16, 32, 64, 128) for dtype in affine_cases.DTYPES]
+SWEEP = covering.covering(AFFINE_BITS, (16, 32, 64, 128), list(affine_cases.DTYPES))
 
 
 def row_cases(sweep_rows: tuple[int, ...]) -> list:
-    """Each number of rows with some shapes quickly, with all of them slowly, and every instantiation slowly."""
+    """Each number of rows with some shapes quickly, with more of them slowly, and a sweep of grids slowly."""
     quick = [(M, *SHAPES[(2 * i + j) % len(SHAPES)]) for i, M in enumerate(QUICK_ROWS) for j in (0, 1)]
-    every = [(M, *shape) for M in (*QUICK_ROWS, *SLOW_ROWS) for shape in SHAPES]
+    rows = (*QUICK_ROWS, *SLOW_ROWS)
+    every = [
+        (M, *shape)
+        for (i, M), (j, shape) in itertools.product(enumerate(rows), enumerate(SHAPES))
+        if covering.EVERY or (i + j) % 3 == 0
+    ]
     every += [(M, *case, 21, 384) for M in sweep_rows for case in SWEEP]
     return quick + [pytest.param(*c, marks=pytest.mark.slow) for c in every if c not in quick]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import affine_cases
+import covering
 import mlx.core as mx
 import mlx_kernels
 import numpy as np
@@ -15,11 +16,11 @@ from mlxq.ops.arrays import to_numpy
 
 GROUPS = (16, 32, 64, 128)
 QUICK = [(2, 16, "f16"), (3, 64, "bf16"), (4, 64, "f32"), (5, 32, "f16"), (6, 128, "f32"), (8, 16, "bf16")]
-ALL = [(bits, group, dtype) for bits in AFFINE_BITS for group in GROUPS for dtype in affine_cases.DTYPES]
+SWEEP = covering.covering(AFFINE_BITS, GROUPS, list(affine_cases.DTYPES))
 
 
 def cases() -> list:
-    slow = [pytest.param(*c, marks=pytest.mark.slow) for c in ALL if c not in QUICK]
+    slow = [pytest.param(*c, marks=pytest.mark.slow) for c in SWEEP if c not in QUICK]
     return [pytest.param(*c) for c in QUICK] + slow
 
 

@@ -3,6 +3,7 @@ finding but one that is harmless (rows of a last tile are stored twice, with the
 
 from __future__ import annotations
 
+import covering
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -34,6 +35,13 @@ _QUICK = {(4, "float16"), (3, "bfloat16")}
 
 def _grid(bits: int, dtype: str):
     return pytest.param(bits, dtype, marks=() if (bits, dtype) in _QUICK else pytest.mark.slow)
+
+
+def _products() -> list:
+    """Each of mlx's kernels for each number of bits and each dtype; few of them quickly."""
+    quick = [(p, bits, dtype) for p in _PRODUCTS for bits, dtype in sorted(_QUICK)]
+    slow = [case for case in covering.covering(_PRODUCTS, _BITS, list(_DTYPES)) if case not in quick]
+    return [(*p, b, d) for p, b, d in quick] + [pytest.param(*p, b, d, marks=pytest.mark.slow) for p, b, d in slow]
 
 
 def _product(function: str, x: mx.array, packed: tuple, N: int, template: list, template_text: str) -> mx.array:
@@ -84,8 +92,7 @@ def _error(y: mx.array, x: mx.array, w_hat: mx.array) -> float:
     return np.abs(np.array(y.astype(mx.float32)) - exact).max() / np.abs(exact).max()
 
 
-@pytest.mark.parametrize(("bits", "dtype"), [_grid(b, d) for b in _BITS for d in _DTYPES])
-@pytest.mark.parametrize(("function", "M", "N", "K"), _PRODUCTS)
+@pytest.mark.parametrize(("function", "M", "N", "K", "bits", "dtype"), _products())
 def test_affine_products(function: str, M: int, N: int, K: int, bits: int, dtype: str) -> None:
     T, transposed = _DTYPES[dtype], function not in ("affine_qvm", "affine_qmm_n")
     w, x = mx.random.normal((2, max(N, M), K), key=mx.random.key(1)).astype(T)
