@@ -10,7 +10,7 @@ from typing import Any, Literal
 from mlxq.errors import Cancelled
 
 Action = Literal["quantize", "repack", "requantize", "keep"]
-Method = Literal["rtn", "portable", "search", "gptq"]
+Method = Literal["rtn", "portable", "search", "gptq", "awq", "awq+gptq"]
 ModuleKind = Literal["linear", "embedding", "switch", "other"]
 
 #: Bytes of one element of each float dtype, by its safetensors name.
@@ -28,7 +28,7 @@ class QuantSpec:
     mode: str = "affine"
 
     def __str__(self) -> str:
-        return f"{self.bits}-bit group {self.group_size}"
+        return f"{self.bits}-bit group {self.group_size}" if self.mode == "affine" else self.mode
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class TensorInfo:
     """One logical tensor of a source, before anything of it is read.
 
     `shape` counts weights (not packed words), row-major, as in PyTorch: `[out_features, in_features]`.
-    `dtype` is the storage format: `F32`, `F16`, `BF16`, a ggml type name such as `Q4_1`, or `AFFINE`.
+    `dtype` is the storage format: `F32`, `F16`, `BF16`, a ggml type name such as `Q4_1`, `AFFINE`, a float mode of MLX
+    such as `mxfp4`, or the name of another tool's format.
     `nbytes` counts everything stored for it, scales and biases included. `spec` is the affine grid that an
     already quantized source holds exactly, or None, and `scales_dtype` the float type of its scales and biases.
     `permuted_spec` is the grid that holds it once its columns are in another order (`Checkpoint.read_order`); `spec` is
@@ -75,10 +76,10 @@ class TensorInfo:
 class TensorPlan:
     """What happens to one tensor, and why.
 
-    `spec` is the affine grid it gets in an MLX directory, else None. `dtype` is what is stored: with a spec the float
-    type of scales and biases; without, the float type of the tensor, or in a GGUF file its ggml type. `method` says
-    how codes are chosen where they are not taken over: `rtn` rounds to nearest, `portable` searches those that ggml's
-    blocks hold too, `search` and `gptq` look at what a calibration text sends into the layer.
+    `spec` is the grid it gets in an MLX directory, else None. `dtype` is what is stored: with a spec the float type of
+    scales and biases (`U8` in a float mode); without, the float type of the tensor, or in a GGUF file its ggml type.
+    `method` says how codes are chosen where they are not taken over: `rtn` rounds to nearest, `portable` searches those
+    that ggml's blocks hold too, the others look at what a calibration text sends into the layer.
     """
 
     info: TensorInfo
@@ -91,10 +92,11 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """Packed affine codes and their grid: `w_hat = scales * q + biases`.
+    """Packed codes and their grid: `w_hat = scales * q + biases`, or a float mode's (`formats.float_modes`).
 
     `w_q` uint32 `[..., N, K * bits // 32]`; `scales`, `biases` `[..., N, K // group_size]` in NumPy storage:
-    float32, float16, or uint16 holding bfloat16 bits when `dtype` is `BF16`. `shape` is `[..., N, K]`.
+    float32, float16, or uint16 holding bfloat16 bits when `dtype` is `BF16`. `shape` is `[..., N, K]`. In a float mode
+    `scales` are uint8, `biases` None and `dtype` the mode's name.
     """
 
     w_q: Any

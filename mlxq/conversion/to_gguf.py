@@ -19,6 +19,7 @@ from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_sourc
 from mlxq.conversion.request import MODELFILE, CalibrationRequest, GgufRequest, manifest_name
 from mlxq.errors import CheckpointError, PlanError
 from mlxq.formats import crossings
+from mlxq.formats.geometry import BLOCK_FORMATS
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
 from mlxq.plan.gguf_mixes import GgufModel
 from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan
@@ -144,7 +145,7 @@ def _plan(
         GgufSource(
             info,
             names[info.name].name,
-            _exact_types(parameters, info) if info.dtype == "AFFINE" or asked else (),
+            _exact_types(parameters, info) if info.dtype not in BLOCK_FORMATS or asked else (),
         )
         for info in parameters.tensors.values()
     ]

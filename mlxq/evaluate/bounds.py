@@ -62,6 +62,9 @@ def precision(info: TensorInfo) -> QuantSpec | None:
     """
     if info.dtype in FLOAT_BYTES:
         return None
+    if info.spec is not None and info.spec.mode != "affine":
+        # The mantissa decides: codes crowd near 0 as if they had a bit less, and of eight-bit floats three.
+        return QuantSpec(3 if info.spec.bits == 4 else 5, info.spec.group_size)
     digits = re.search(r"\d", info.dtype)
     if digits is None:
         return info.spec

@@ -114,7 +114,8 @@ def _floats(parameters: ParameterMap, info: TensorInfo, rows: slice | None) -> l
     if info.spec is None:
         return [parameters.read(info.name, rows)]
     quantized = parameters.read_quantized(info.name, rows)
-    return [quantized.scales, quantized.biases]
+    # What stands for no number in a float mode is refused when it is read.
+    return [] if quantized.biases is None else [quantized.scales, quantized.biases]
 
 
 def _same_bits(source: ParameterMap, result: ParameterMap, info: TensorInfo, cancel: CancelToken | None) -> bool:
@@ -123,7 +124,8 @@ def _same_bits(source: ParameterMap, result: ParameterMap, info: TensorInfo, can
             pairs = [(source.read(info.name, rows), result.read(info.name, rows))]
         else:
             a, b = (p.read_quantized(info.name, rows) for p in (source, result))
-            pairs = [(a.w_q, b.w_q), (a.scales, b.scales), (a.biases, b.biases)]
+            pairs = [(a.w_q, b.w_q), (a.scales, b.scales)]
+            pairs += [] if a.biases is None else [(a.biases, b.biases)]
         if not all(np.array_equal(_bits(a), _bits(b)) for a, b in pairs):
             return False
     return True

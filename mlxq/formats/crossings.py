@@ -1,4 +1,4 @@
-"""From MLX's affine grid to ggml's blocks, codes kept: which block types hold a grid exactly, and its blocks.
+"""From MLX's grids to ggml's blocks, codes kept: which block types hold a grid exactly, and its blocks.
 
 `w_hat = scales * q + biases` in float32 equals the blocks' decoded weights bit for bit (source of the layouts:
 `ggml.py`, `superblocks.py`):
@@ -9,6 +9,9 @@
     Q8_0         8         any      scales are float16 numbers and biases = -128 scales
     Q4_K, Q5_K   2-4, 5    any      the eight scales of a super-block are one float16 times integers 0..63, and so are
                                     the biases: found as their greatest common divisor
+
+MLX's float modes mxfp4 and nvfp4 are MXFP4 and NVFP4 blocks in another order (`float_modes.to_blocks`); no type holds
+mxfp8.
 """
 
 from __future__ import annotations
@@ -16,9 +19,10 @@ from __future__ import annotations
 import numpy as np
 
 from mlxq.errors import FormatError
-from mlxq.formats import kquants
+from mlxq.formats import float_modes, kquants
 from mlxq.formats.affine import unpack
 from mlxq.formats.floats import to_float32
+from mlxq.formats.geometry import block_format
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK, SuperBlocks
 from mlxq.types import QuantizedTensor, QuantSpec
 
@@ -40,12 +44,18 @@ _LARGEST_SCALE = 63
 
 
 def candidates(spec: QuantSpec) -> tuple[str, ...]:
-    """The block types that can hold a grid of these bits, given fitting scales; the smallest first."""
+    """The block types that can hold such a grid, given fitting scales; the smallest first."""
+    if spec.mode != "affine":
+        name = float_modes.GGML_TYPES.get(spec.mode)
+        return (name,) if name else ()
     return _CANDIDATES[spec.bits]
 
 
 def exact_types(q: QuantizedTensor) -> frozenset[str]:
     """The block types that hold these rows, `[..., K]`, without changing a decoded weight."""
+    if q.biases is None:
+        whole = (name for name in candidates(q.spec) if q.shape[-1] % block_format(name).block_size == 0)
+        return frozenset(whole)
     s, b = (_per_block(a, q.dtype, q.spec) for a in (q.scales, q.biases))
     idle = _idle(q)
     return frozenset(name for name in candidates(q.spec) if _holds(_stored_scales(s, b, idle, name), b, name))
@@ -63,7 +73,7 @@ def from_affine(q: QuantizedTensor, name: str) -> np.ndarray:
     """Blocks of type `name` with the codes of `q`; its scales and biases rounded to float16 where they do not fit.
 
     Args:
-        q: codes and grid, `[..., K]`, with `K` whole blocks.
+        q: codes and grid in any mode, `[..., K]`, with `K` whole blocks.
         name: one of `candidates(q.spec)`.
 
     Returns:
@@ -75,6 +85,8 @@ def from_affine(q: QuantizedTensor, name: str) -> np.ndarray:
     """
     if name not in candidates(q.spec):
         raise FormatError(f"{q.spec} codes cannot be {name} blocks: the types are {', '.join(candidates(q.spec))}")
+    if q.biases is None:
+        return float_modes.to_blocks(q)
     codes = _codes(q)
     s, b = (_per_block(a, q.dtype, q.spec) for a in (q.scales, q.biases))
     s = _stored_scales(s, b, _idle(q), name)
@@ -179,10 +191,12 @@ def _factor(values: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def dequantize(q: QuantizedTensor) -> np.ndarray:
-    """`scales * q + biases` in float32, `[..., K]`: the numbers that the codes stand for, whatever their scales' dtype.
+    """Weights in float32, `[..., K]`: the numbers that codes of any mode stand for, whatever their scales' dtype.
 
     `mx.dequantize` rounds them to that dtype; ggml's decoders do not.
     """
+    if q.biases is None:
+        return float_modes.dequantize(q.w_q, q.scales, q.spec.mode)
     codes = _codes(q)
     groups = codes.reshape(len(codes), -1, q.spec.group_size).astype(np.float32)
     s, b = (to_float32(a.reshape(len(codes), -1, 1), q.dtype) for a in (q.scales, q.biases))

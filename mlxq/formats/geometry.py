@@ -1,8 +1,9 @@
 """The one table of formats: legal bits, group sizes, block and type sizes, and what follows from them.
 
 Affine (MLX) rows of `K` weights are `K * bits / 32` uint32 words plus one scale and one bias for each group of
-`group_size` weights. Block formats (ggml) store `block_size` weights in `type_size` bytes, scale included.
-Sources: `mlx/ops.cpp` (affine_quantize), `ggml/src/ggml-common.h` (the block structures).
+`group_size` weights; MLX's float modes have one byte for each group instead. Block formats (ggml) store `block_size`
+weights in `type_size` bytes, scale included.
+Sources: `mlx/ops.cpp` (affine_quantize, fp_quantize), `ggml/src/ggml-common.h` (the block structures).
 """
 
 from __future__ import annotations
@@ -20,6 +21,25 @@ AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUP_SIZES = (32, 64, 128)
 #: Weights per group that our own operations compute with. mlx has no kernels for 16.
 OPS_GROUP_SIZES = (16, *AFFINE_GROUP_SIZES)
+
+
+@dataclass(frozen=True)
+class FloatMode:
+    """A mode of MLX whose codes are floats of `bits` bits; `scale` names the float in the byte that a group shares."""
+
+    bits: int
+    group_size: int
+    scale: str
+
+
+#: Mode of `mx.quantize` -> its one geometry.
+FLOAT_MODES = {
+    "mxfp4": FloatMode(4, 32, "E8M0"),
+    "mxfp8": FloatMode(8, 32, "E8M0"),
+    "nvfp4": FloatMode(4, 16, "E4M3"),
+}
+MODES = ("affine", *FLOAT_MODES)
+
 #: Rows are packed so many codes at a time: the fewest that fill words, whatever their bits.
 PACKED_CODES = 32
 
@@ -91,6 +111,25 @@ def block_format(name: str | int) -> BlockFormat:
     return found
 
 
+def validate_spec(spec: QuantSpec) -> None:
+    """Check what a file may hold: a known mode, with bits and a group size that it has.
+
+    Raises:
+        FormatError: unknown mode, illegal bits or group size; the message lists the legal values.
+    """
+    if spec.mode == "affine":
+        validate_affine(spec.bits, spec.group_size)
+        return
+    mode = FLOAT_MODES.get(spec.mode) if isinstance(spec.mode, str) else None
+    if mode is None:
+        raise FormatError(f"mode must be one of {_listed(MODES)}, got {spec.mode!r}")
+    if (spec.bits, spec.group_size) != (mode.bits, mode.group_size):
+        raise FormatError(
+            f"mode {spec.mode} has {mode.bits} bits in groups of {mode.group_size}, "
+            f"got {spec.bits!r} in groups of {spec.group_size!r}"
+        )
+
+
 def validate_affine(bits: int, group_size: int, legal: Sequence[int] = AFFINE_GROUP_SIZES) -> None:
     """Check bits and group size against the table.
 
@@ -157,13 +196,30 @@ def affine_bytes(shape: Sequence[int], spec: QuantSpec, dtype: str) -> int:
     return prod(shape[:-1]) * row
 
 
+def quantized_bytes(shape: Sequence[int], spec: QuantSpec, dtype: str) -> int:
+    """Bytes of a tensor `[..., K]` in any mode: `affine_bytes`, or words and a byte for each group.
+
+    Raises:
+        FormatError: illegal spec or dtype, or `K` does not divide into groups, or does not fill words.
+    """
+    if spec.mode == "affine":
+        return affine_bytes(shape, spec, dtype)
+    validate_spec(spec)
+    K = shape[-1]
+    if K <= 0 or K % max(spec.group_size, PACKED_CODES):
+        raise FormatError(f"a row of {K} weights does not divide into groups of {spec.group_size} ({spec.mode})")
+    return prod(shape[:-1]) * (4 * packed_words(K, spec.bits) + K // spec.group_size)
+
+
 def bpw(spec: QuantSpec, dtype: str) -> float:
-    """Bits per weight of an affine format, scales and biases (of `dtype`) counted: 4-bit group 64 in F16 is 4.5.
+    """Bits per weight of a format, scales and biases (of `dtype`) counted: affine 4-bit group 64 in F16 is 4.5.
 
     Raises:
         FormatError: illegal spec or dtype.
     """
-    validate_affine(spec.bits, spec.group_size)
+    validate_spec(spec)
+    if spec.mode in FLOAT_MODES:
+        return spec.bits + 8 / spec.group_size
     return spec.bits + 2 * 8 * _float_bytes(dtype) / spec.group_size
 
 

@@ -20,7 +20,7 @@ from typing import Any
 from mlxq.api import public
 from mlxq.errors import FormatError
 from mlxq.formats.floats import all_finite
-from mlxq.ops import kernel_check, validation
+from mlxq.ops import float_modes, kernel_check, validation
 from mlxq.ops.arrays import Kind, Operand, describe, import_mlx, indices_to_kind, to_kind
 from mlxq.ops.choices import Product
 from mlxq.ops.dispatch import Backend, Call, asked, call_on, choose
@@ -85,12 +85,16 @@ def dequantize(
 
     Args:
         w_q: uint32 `[..., N, K * bits // 32]`.
-        scales, biases: `[..., N, K // group_size]`, one float dtype.
-        dtype: `F32`, `F16` or `BF16`, what the result is converted to; the dtype of `scales` by default.
+        scales, biases: `[..., N, K // group_size]`, one float dtype; in a float mode scales uint8 and biases None.
+        mode: `affine`, or `mxfp4`, `mxfp8`, `nvfp4`, whose bits and group size follow from it.
+        dtype: `F32`, `F16` or `BF16`, what the result is converted to; the dtype of `scales` by default, float32 in a
+            float mode.
 
     Returns:
         `[..., N, K]`.
     """
+    if mode != "affine" and biases is None:
+        return float_modes.dequantize(w_q, scales, mode, dtype, backend)
     op = "dequantize"
     described = [describe(op, name, a) for name, a in (("w_q", w_q), ("scales", scales), ("biases", biases))]
     validation.dequantize(*described, bits, group_size, mode, dtype)
@@ -117,11 +121,14 @@ def quantized_matmul(
     Args:
         x: float `[..., K]` (`[..., N]` when not `transpose`).
         w_q: uint32 `[N, K * bits // 32]`.
-        scales, biases: `[N, K // group_size]`, one float dtype.
+        scales, biases: `[N, K // group_size]`, one float dtype; in a float mode as in `dequantize`.
 
     Returns:
-        `[..., N]` (`[..., K]`), in the dtype of x and scales when they are the same, else float32.
+        `[..., N]` (`[..., K]`), in the dtype of x and scales when they are the same, else float32; in a float mode in
+        the dtype of x.
     """
+    if mode != "affine" and biases is None:
+        return float_modes.quantized_matmul(x, w_q, scales, mode, transpose, backend)
     op = "quantized_matmul"
     named = (("x", x), ("w_q", w_q), ("scales", scales), ("biases", biases))
     described = [describe(op, name, a) for name, a in named]
@@ -152,7 +159,7 @@ def gather_quantized_matmul(
     Args:
         x: float `[*batch, M, K]` (`[*batch, M, N]` when not `transpose`).
         w_q: uint32 `[experts, N, K * bits // 32]`.
-        scales, biases: `[experts, N, K // group_size]`, one float dtype.
+        scales, biases: `[experts, N, K // group_size]`, one float dtype; in a float mode as in `dequantize`.
         rhs_indices: integers whose shape broadcasts with `batch`: the expert of each `[M, K]` matrix.
         sorted_indices: the indices are in ascending order; the mlx back end may use it.
 
@@ -160,6 +167,10 @@ def gather_quantized_matmul(
         `[*(batch broadcast with rhs_indices), M, N]` (`[..., M, K]`), dtype as in `quantized_matmul`.
     """
     op = "gather_quantized_matmul"
+    if mode != "affine" and biases is None:
+        return float_modes.gather_quantized_matmul(
+            x, w_q, scales, rhs_indices, mode, transpose, sorted_indices, backend
+        )
     named = (("x", x), ("w_q", w_q), ("scales", scales), ("biases", biases))
     described = [describe(op, name, a) for name, a in (*named, ("rhs_indices", rhs_indices))]
     rows = validation.gather_quantized_matmul(*described, transpose, bits, group_size, mode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mlxq.formats.geometry import BLOCK_FORMATS
 from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, TensorInfo
 
 
@@ -16,18 +17,29 @@ def model_dtype(infos: Iterable[TensorInfo], asked: str | None, of_config: str |
     """The float type of scales and kept tensors (`F32`, `F16`, `BF16`).
 
     It is the one `asked` for, else the one that holds most of the source's weights (of its scales, where MLX quantized
-    it). ggml blocks count for `of_config`, what the model was made to compute in, or float16 where that says nothing.
+    it). Other formats count for `of_config`, what the model was made to compute in; where that says nothing, for the
+    type of its norms and biases, or float16 for ggml blocks, whose norms are always float32.
     """
     if asked is not None:
         return _key(asked)
-    of_blocks = _key(of_config) if of_config in DTYPE_NAMES.values() else "F16"
+    infos = list(infos)
+    of_blocks = _key(of_config) if of_config in DTYPE_NAMES.values() else _beside(infos)
     weights: dict[str, int] = {}
     for info in infos:
         if info.module != "other":
             is_float = info.dtype in FLOAT_BYTES
-            dtype = info.dtype if is_float else info.scales_dtype if info.dtype == "AFFINE" else of_blocks
+            own = info.scales_dtype if info.dtype == "AFFINE" else None
+            dtype = info.dtype if is_float else own or of_blocks
             weights[dtype] = weights.get(dtype, 0) + info.size
     return max(weights, key=lambda d: weights[d]) if weights else "F32"
+
+
+def _beside(infos: list[TensorInfo]) -> str:
+    """The float type of what is not quantized, or float16."""
+    kinds = [i.dtype for i in infos if i.dtype in FLOAT_BYTES and i.module == "other"]
+    if not kinds or any(i.dtype in BLOCK_FORMATS and i.dtype not in FLOAT_BYTES for i in infos):
+        return "F16"
+    return max(set(kinds), key=kinds.count)
 
 
 def kept_dtype(info: TensorInfo, dtype: str, protected: frozenset[str]) -> tuple[str, str]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from mlxq.errors import PlanError
+from mlxq.formats.geometry import BLOCK_FORMATS
 from mlxq.plan.gguf_file_types import file_type
 from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import Overrides
@@ -18,6 +19,8 @@ DEFAULT_FILE_TYPE = "Q4_K_M"
 #: Type for codes of these bits where no block type holds their grid exactly, and whether the codes stay.
 _NEAREST = {2: ("Q4_1", True), 3: ("Q4_1", True), 4: ("Q4_1", True), 5: ("Q5_1", True), 6: ("Q8_0", False)}
 _NEAREST |= {8: ("Q8_0", False)}
+#: Type for weights in other tools' formats that no block type holds: it adds less than any of them has lost.
+_NEAREST_TO_FLOATS = "Q8_0"
 
 
 @dataclass(frozen=True)
@@ -112,10 +115,12 @@ def _as_stored(source: GgufSource, overrides: Overrides) -> TensorPlan:
         return _plan(source, "F32", kept)
     if asked is not None:
         return _plan(source, *asked)
-    if info.dtype != "AFFINE":
+    if info.dtype in BLOCK_FORMATS:
         return _plan(source, info.dtype, "as in the source")
     if source.exact_types:
         return _plan(source, source.exact_types[0], f"holds the {info.spec} codes exactly")
+    if info.spec is None or info.spec.mode != "affine":
+        return _plan(source, _NEAREST_TO_FLOATS, f"no ggml type holds {info.dtype} exactly")
     name, _ = _NEAREST[info.spec.bits]
     return _plan(source, name, f"no ggml type holds this {info.spec} grid exactly")
 
@@ -128,7 +133,8 @@ def _plan(source: GgufSource, type_name: str, reason: str) -> TensorPlan:
         return TensorPlan(info, "repack", None, type_name, f"{reason}; blocks as in the source")
     if type_name in source.exact_types:
         return TensorPlan(info, "repack", None, type_name, f"{reason}; codes as in the source")
-    if info.spec is not None and _NEAREST[info.spec.bits] == (type_name, True):
+    affine = info.spec is not None and info.spec.mode == "affine"
+    if affine and _NEAREST[info.spec.bits] == (type_name, True):
         return TensorPlan(info, "repack", None, type_name, f"{reason}; codes as in the source, scales in float16")
     action = "keep" if type_name in FLOAT_BYTES else "requantize"
     return TensorPlan(info, action, None, type_name, f"{reason} (source: {info.spec or info.dtype})")

@@ -113,7 +113,7 @@ def planned_bytes(plan: TensorPlan) -> int:
     if plan.spec is None:
         stored = geometry.block_format(plan.dtype)
         return plan.info.size // stored.block_size * stored.type_size
-    return geometry.affine_bytes(plan.info.shape, plan.spec, plan.dtype)
+    return geometry.quantized_bytes(plan.info.shape, plan.spec, plan.dtype)
 
 
 def make_plan(
@@ -149,7 +149,8 @@ def make_plan(
             plans.append(TensorPlan(info, "keep", None, stored, reason + why))
         else:
             action, reason = _action(info, spec, dtype, reason)
-            plans.append(TensorPlan(info, action, spec, dtype, reason, chooser.method))
+            scales = dtype if spec.mode == "affine" else "U8"
+            plans.append(TensorPlan(info, action, spec, scales, reason, chooser.method))
     chooser.refuse_unmatched()
     if options.exact:
         for plan in plans:
@@ -245,7 +246,7 @@ class _Chooser:
 
 def _action(info: TensorInfo, spec: QuantSpec, dtype: str, reason: str) -> tuple[str, str]:
     if info.spec == spec:
-        if not dtypes.narrows(info.scales_dtype, dtype):
+        if info.scales_dtype is None or not dtypes.narrows(info.scales_dtype, dtype):
             return "repack", "codes as in the source"
         own, stored = DTYPE_NAMES[info.scales_dtype], DTYPE_NAMES[dtype]
         return "repack", f"codes as in the source, scales rounded from {own} to {stored}"

@@ -133,7 +133,7 @@ def _joinable(layers: list[Any]) -> bool:
 def _may_be_metal(layer: Any) -> bool:
     if type(layer) is BlockLinear:
         return choose(call_on("mlx", "block_matmul", 1, layer.type_name)) == "metal"
-    if type(layer) is not QuantizedLinear:
+    if type(layer) is not QuantizedLinear or layer.mode != "affine":
         return False
     backend = choose(call_on("mlx", "quantized_matmul", 1, group_size=layer.group_size))
     # On a GPU a layer that is not plain has products for which ours were measured to be faster.

@@ -85,7 +85,7 @@ class SwitchLinear(_Experts, _switch.SwitchLinear):
 
 
 class _Quantized(nn.Module):
-    """What the quantized layers share: packed `weight`, `scales`, `biases` and their grid."""
+    """What the quantized layers share: packed `weight`, `scales`, `biases` (not in a float mode) and their grid."""
 
     plain = False
 
@@ -94,15 +94,17 @@ class _Quantized(nn.Module):
         *lead, width = shape
         self.group_size, self.bits, self.mode = spec.group_size, spec.bits, spec.mode
         self.weight = mx.zeros((*lead, width * spec.bits // 32), mx.uint32)
-        self.scales = mx.zeros((*lead, width // spec.group_size), dtype)
-        self.biases = mx.zeros((*lead, width // spec.group_size), dtype)
+        groups = (*lead, width // spec.group_size)
+        self.scales = mx.zeros(groups, dtype if spec.mode == "affine" else mx.uint8)
+        if spec.mode == "affine":
+            self.biases = mx.zeros(groups, dtype)
 
     @property
     def _grid(self) -> dict[str, Any]:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
     def _matmul(self, x: mx.array) -> mx.array:
-        return ops.quantized_matmul(x, self["weight"], self["scales"], self["biases"], **self._grid)
+        return ops.quantized_matmul(x, self["weight"], self["scales"], self.get("biases"), **self._grid)
 
 
 class QuantizedLinear(_Quantized, nn.QuantizedLinear):
@@ -123,7 +125,10 @@ class QuantizedLinear(_Quantized, nn.QuantizedLinear):
 
 
 class QuantizedEmbedding(_Quantized, nn.QuantizedEmbedding):
-    """Rows of a quantized matrix `[num_embeddings, dims]`; they come out in the dtype of its scales."""
+    """Rows of a quantized matrix `[num_embeddings, dims]`; they come out in the dtype of its scales, of a float mode in
+    `compute_dtype`, bfloat16 where that is not set."""
+
+    compute_dtype: mx.Dtype | None = None
 
     def __init__(self, layer: nn.Embedding, spec: QuantSpec, dtype: mx.Dtype):
         nn.Module.__init__(self)
@@ -132,9 +137,12 @@ class QuantizedEmbedding(_Quantized, nn.QuantizedEmbedding):
         self.freeze()
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.plain:
+        biases = self.get("biases")
+        if self.plain and (biases is not None or self.compute_dtype is None):
             return super().__call__(x)
-        return ops.dequantize(self["weight"][x], self["scales"][x], self["biases"][x], **self._grid)
+        biases = biases if biases is None else biases[x]
+        rows = ops.dequantize(self["weight"][x], self["scales"][x], biases, **self._grid)
+        return rows if "biases" in self else rows.astype(self.compute_dtype or mx.bfloat16)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Tied output projection: x `[..., dims]` -> `[..., num_embeddings]`."""
@@ -156,7 +164,13 @@ class QuantizedSwitchLinear(_Experts, _Quantized, _switch.QuantizedSwitchLinear)
         if self.plain:
             return super().__call__(x, indices, sorted_indices)
         y = ops.gather_quantized_matmul(
-            x, self["weight"], self["scales"], self["biases"], indices, sorted_indices=sorted_indices, **self._grid
+            x,
+            self["weight"],
+            self["scales"],
+            self.get("biases"),
+            indices,
+            sorted_indices=sorted_indices,
+            **self._grid,
         )
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
@@ -237,6 +251,8 @@ def install_layers(model: nn.Module, tensors: dict[str, TensorInfo], *, compact:
 def _may_be_ours(layer: _Quantized) -> bool:
     """Whether our kernels compute some products of a layer on a GPU: mlx has none for groups of 16, and of others ours
     may have been measured to be faster."""
+    if layer.mode != "affine":
+        return False
     if layer.group_size not in AFFINE_GROUP_SIZES:
         return True
     *experts, N, groups = layer.scales.shape
@@ -271,7 +287,7 @@ def _replacement(layer: nn.Module, info: TensorInfo, compact: bool) -> nn.Module
     if info.spec is not None:
         if ours is None:
             spec = info.spec
-            return layer.to_quantized(group_size=spec.group_size, bits=spec.bits)
+            return layer.to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
         return ours.quantized(layer, info.spec, _FLOATS[info.scales_dtype or "F16"])
     if ours is None:
         return layer

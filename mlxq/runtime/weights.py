@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.errors import CheckpointError
 from mlxq.formats.floats import all_finite
-from mlxq.runtime.layers import BlockEmbedding, BlockLayer, Embedding, keeps_blocks
+from mlxq.runtime.layers import BlockEmbedding, BlockLayer, Embedding, QuantizedEmbedding, keeps_blocks
 from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, TensorInfo
 
 #: Weights decoded at a time.
@@ -147,6 +147,8 @@ def _arrays(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, wide
     if info.spec is not None:
         q = source.read_quantized(info.name)
         path = info.name.rpartition(".")[0]
+        if q.biases is None:
+            return {info.name: mx.array(q.w_q), f"{path}.scales": mx.array(q.scales)}
         scales, biases = (to_mlx(a, dtype) for a in (q.scales, q.biases))
         return {info.name: mx.array(q.w_q), f"{path}.scales": scales, f"{path}.biases": biases}
     if info.module in _MATRIX_KINDS and not widen and info.dtype != "F32":
@@ -177,6 +179,6 @@ def _finish(module: nn.Module, compute_dtype: mx.Dtype | None) -> None:
     """Evaluate buffers that are no parameters (rope frequencies, say), and tell embeddings their output dtype."""
     mx.eval([a for _, a in tree_flatten(module) if isinstance(a, mx.array)])
     for part in module.modules():
-        if isinstance(part, Embedding | BlockEmbedding):
+        if isinstance(part, Embedding | BlockEmbedding | QuantizedEmbedding):
             part.compute_dtype = compute_dtype
     module.eval()

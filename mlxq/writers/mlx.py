@@ -1,4 +1,4 @@
-"""The MLX directory: affine tensors in safetensors, `config.json` with every override explicit, as mlx-lm reads it."""
+"""The MLX directory: codes in safetensors, `config.json` with every override explicit, as mlx-lm reads it."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ class MlxTarget:
             yield _arrays(q)
 
     def _repack(self, plan: TensorPlan, q: QuantizedTensor) -> QuantizedTensor:
-        """The same codes, with scales and biases in the planned float type."""
-        if q.dtype == plan.dtype:
+        """The same codes, with scales and biases in the planned float type; a float mode has scales of its own."""
+        if q.dtype == plan.dtype or q.biases is None:
             return q
         parts = [floats.from_float32(floats.to_float32(a, q.dtype), plan.dtype) for a in (q.scales, q.biases)]
         if not all(floats.all_finite(a) for a in parts):
@@ -166,22 +166,21 @@ class MlxTarget:
 
 
 def _arrays(q: QuantizedTensor) -> tuple[np.ndarray, ...]:
-    return q.w_q, q.scales, q.biases
+    return (q.w_q, q.scales) if q.biases is None else (q.w_q, q.scales, q.biases)
 
 
 def entries(plan: TensorPlan) -> list[Entry]:
-    """The stored tensors of a planned one: the tensor itself, or its codes, scales and biases."""
+    """The stored tensors of a planned one: the tensor itself, or its codes, scales and (affine) biases."""
     info, spec = plan.info, plan.spec
     if spec is None:
         return [Entry(info.name, plan.dtype, info.shape)]
     path = info.name.removesuffix("weight")
     lead, in_features = info.shape[:-1], info.shape[-1]
     groups = (*lead, in_features // spec.group_size)
-    return [
-        Entry(info.name, "U32", (*lead, in_features * spec.bits // 32)),
-        Entry(f"{path}scales", plan.dtype, groups),
-        Entry(f"{path}biases", plan.dtype, groups),
-    ]
+    words = Entry(info.name, "U32", (*lead, in_features * spec.bits // 32))
+    if spec.mode != "affine":
+        return [words, Entry(f"{path}scales", "U8", groups)]
+    return [words, Entry(f"{path}scales", plan.dtype, groups), Entry(f"{path}biases", plan.dtype, groups)]
 
 
 def config_json(config: dict[str, Any], plans: Sequence[TensorPlan], dtype: str) -> bytes:

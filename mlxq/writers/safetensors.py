@@ -20,8 +20,8 @@ from mlxq.writers.laid_out import LaidOutFiles
 
 #: Bytes after which a new shard begins, as on the Hub and in mlx-lm.
 MAX_SHARD_BYTES = 5 << 30
-#: Codes, and the float types of everything else: no other type is ever planned.
-_ITEM_BYTES = {"U32": 4} | FLOAT_BYTES
+#: Codes, scales of float modes, and the float types of everything else: no other type is ever planned.
+_ITEM_BYTES = {"U32": 4, "U8": 1} | FLOAT_BYTES
 
 
 @dataclass(frozen=True)

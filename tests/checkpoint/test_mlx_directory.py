@@ -144,10 +144,16 @@ def test_override_of_a_module_that_is_not_there(tmp_path):
 @pytest.mark.parametrize(
     ("quantization", "reason"),
     [
-        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "mode 'mxfp4'"),
-        ({"bits": 4, "group_size": 16, "mode": "nvfp4"}, "mode 'nvfp4'"),
-        ({"bits": 8, "group_size": 32, "mode": "mxfp8"}, "mode 'mxfp8'"),
-        ({"bits": 4, "group_size": 64, "l": {"bits": 4, "group_size": 32, "mode": "mxfp4"}}, "mode 'mxfp4'"),
+        ({"bits": 4, "group_size": 32, "mode": "mxfp4"}, "fit 2-bit group 128 and 4-bit group 64"),
+        ({"bits": 4, "group_size": 16, "mode": "nvfp5"}, "affine, mxfp4, mxfp8, nvfp4, got 'nvfp5'"),
+        (
+            {"bits": 8, "group_size": 64, "mode": "mxfp8"},
+            "mode mxfp8 has 8 bits in groups of 32, got 8 in groups of 64",
+        ),
+        (
+            {"bits": 4, "group_size": 64, "l": {"bits": 4, "group_size": 32, "mode": "mxfp4"}},
+            "'l' is mxfp4, but its scales are F16",
+        ),
         ({"bits": 7, "group_size": 64}, "bits must be one of"),
         ({"bits": 4, "group_size": 48}, "group_size must be one of"),
         ({"bits": 4}, "needs integers"),
@@ -161,7 +167,7 @@ def test_settings_that_cannot_be_read(tmp_path, quantization, reason):
 def test_scales_of_another_mode(tmp_path):
     parts = quantize(floats(4, 128), 4, 64)
     parts["l.scales"] = np.zeros((4, 2), np.uint8)
-    refuse(make(tmp_path, parts), "'l.weight'", "scales of dtype U8", "not affine")
+    refuse(make(tmp_path, parts), "'l.weight'", "scales of dtype U8 and biases")
 
 
 def test_missing_biases(tmp_path):

@@ -106,6 +106,9 @@ def matrices_of(parameters: ParameterMap) -> tuple[list[Matrix], list[str]]:
         if info.dtype in FLOAT_BYTES or not is_multiplied:
             continue
         in_blocks = keeps_blocks(info)
+        if info.spec is not None and info.spec.mode != "affine":
+            left_out.append(f"{name}: mlx alone multiplies by {info.spec}")
+            continue
         if not in_blocks and info.spec is None:
             left_out.append(f"{name}: nothing multiplies by {info.dtype} here, it is decoded when it is loaded")
             continue

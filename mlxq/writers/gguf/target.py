@@ -129,9 +129,9 @@ class GgufTarget:
         values = read(name, slice(first, last))
         order = permuted_rows(rows.start, rows.stop, head_dim) - first
         if isinstance(values, QuantizedTensor):
-            w_q, scales, biases = (a[order] for a in (values.w_q, values.scales, values.biases))
-            shape = (len(order), *values.shape[1:])
-            return replace(values, w_q=w_q, scales=scales, biases=biases, shape=shape)
+            parts = {k: getattr(values, k) for k in ("w_q", "scales", "biases")}
+            parts = {k: a[order] for k, a in parts.items() if a is not None}
+            return replace(values, **parts, shape=(len(order), *values.shape[1:]))
         return values[order]
 
     def _repack(self, plan: TensorPlan, rows: slice | None, mapped: MappedTensor) -> np.ndarray:
