@@ -1,4 +1,4 @@
-"""The file of measured costs: what is written is read again, and anything else is refused in one line."""
+"""Measured costs, and their file: what is written is read again, and anything else is refused in one line."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import architecture_zoo
 import numpy as np
 import pytest
 
+from mlxq.architectures.parameters import ParameterMap
+from mlxq.calibration.observe import Moments
 from mlxq.calibration.sensitivity import Sensitivity
-from mlxq.conversion.costs import FORMAT, Costs
+from mlxq.checkpoint.source import open_checkpoint
+from mlxq.conversion.cost_file import FORMAT, Costs
+from mlxq.conversion.costs import measure_costs
 from mlxq.errors import OutputError, PlanError
-from mlxq.types import QuantSpec
+from mlxq.plan.planner import PlanOptions, make_plan
+from mlxq.types import CancelToken, QuantSpec
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 
@@ -103,3 +109,31 @@ def test_archives_that_are_cut_or_hold_objects(tmp_path: Path) -> None:
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="cannot write"):
         some().write(tmp_path / "none" / "costs")
+
+
+def test_experts_some_at_a_time_cost_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The busiest stand for all; those that have no room at once are seen in the turns that hold them."""
+    config = architecture_zoo.config_of("mixtral") | {"num_hidden_layers": 1, "num_local_experts": 8}
+    source = architecture_zoo.save(tmp_path / "source", config | {"num_experts_per_tok": 1})
+    held: list[int] = []
+    empty = Moments.empty
+
+    def recorded(n: int, K: int, some: range | None = None) -> Moments:
+        held.append(4 * K * K * len(range(n) if some is None else some))
+        return empty(n, K, some)
+
+    monkeypatch.setattr(Moments, "empty", recorded)
+    sequences = np.random.default_rng(0).integers(0, config["vocab_size"], (4, 16)).astype(np.int32)
+    found = []
+    with open_checkpoint(source) as checkpoint:
+        parameters = ParameterMap(checkpoint)
+        plan = make_plan(parameters.tensors.values(), PlanOptions(4, 32), float_modules=parameters.float_modules)
+        for room in (None, 1 << 16):
+            held.clear()
+            found.append(measure_costs(parameters, plan, sequences, None, CancelToken(), room=room))
+            # 64 and 128 inputs: 16 and 65 kB an expert; one is always held.
+            assert (max(held) > 4 << 16) if room is None else (max(held) <= 1 << 16)
+    assert found[0].by_tensor.keys() == found[1].by_tensor.keys()
+    assert any("switch_mlp" in name and costs for name, costs in found[0].by_tensor.items())
+    for name, costs in found[0].by_tensor.items():
+        assert found[1].by_tensor[name] == pytest.approx(costs, rel=1e-5), name

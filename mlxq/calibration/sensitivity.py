@@ -12,7 +12,7 @@ The model runs forwards block by block, keeping what went into each block, then 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -44,21 +44,28 @@ class Sensitivity:
     n_tokens: int
 
 
-def measure(
+#: Shown the second moments of the inputs of a block's matrices, and of the head's; gives the turns of the experts that
+#: it wants to see, too (`Observations.turn`).
+OnInputs = Callable[[Observations], Iterable[int] | None]
+
+
+def forwards(
     stream: BlockStream,
     names_of: Callable[[str], Sequence[str]],
-    seed: int = 0,
-    on_block: Callable[[int, int], None] = lambda done, total: None,
-    on_inputs: Callable[[Observations], None] | None = None,
-) -> Sensitivity:
-    """Run a stream forwards and backwards.
+    on_inputs: OnInputs | None = None,
+    room: int | None = None,
+    on_block: Callable[[int], None] = lambda done: None,
+) -> list[Activations]:
+    """Run a stream forwards.
 
     Args:
         stream: of the sequences to look at.
         names_of: the matrices' names in a module, by its path.
-        seed: of the tokens that are drawn.
-        on_block: called after each block, forwards and backwards.
-        on_inputs: shown the second moments of the inputs of each block's matrices, and of the head's, in passing.
+        room: bytes for the second moments of a stack of experts; None: no limit.
+        on_block: called after each block.
+
+    Returns:
+        What went into each block.
 
     Raises:
         CalibrationError: the model cannot be run block by block.
@@ -67,24 +74,49 @@ def measure(
         raise CalibrationError(
             f"what bits cost is measured block by block, and this model has to run whole: {stream.whole}"
         )
-    total = 2 * stream.n_blocks + 1
     inputs: list[Activations] = []
     stream.embed()
 
-    def forwards(block: Block, activations: Activations) -> None:
+    def look(block: Block, activations: Activations) -> None:
         inputs.append(activations.copy())
-        seen = Observations()
-        with observing(block.module, block.path, names_of(block.path), seen, inputs=on_inputs is not None):
-            for i, hidden in enumerate(activations):
-                activations[i] = block(hidden)
-        if on_inputs is not None:
-            on_inputs(seen)
-        on_block(block.index + 1, total)
+        names, turns = names_of(block.path), [0]
+        while turns:
+            seen = Observations(room=room, turn=turns.pop(0))
+            with observing(block.module, block.path, names, seen, inputs=on_inputs is not None):
+                for i, hidden in enumerate(inputs[-1]):
+                    activations[i] = block(hidden)
+            if on_inputs is not None:
+                turns += on_inputs(seen) or ()
+                names = seen.waiting()
+        on_block(block.index + 1)
 
-    stream.run(forwards)
-    found = Observations()
+    stream.run(look)
     if on_inputs is not None:
         on_inputs(stream.inputs_of_head(names_of))
+    return inputs
+
+
+def measure(
+    stream: BlockStream,
+    names_of: Callable[[str], Sequence[str]],
+    seed: int = 0,
+    on_block: Callable[[int, int], None] = lambda done, total: None,
+    on_inputs: OnInputs | None = None,
+    room: int | None = None,
+) -> Sensitivity:
+    """Run a stream forwards and backwards.
+
+    Args:
+        seed: of the tokens that are drawn.
+        on_block: called after each block, forwards and backwards.
+        stream, names_of, on_inputs, room: as in `forwards`.
+
+    Raises:
+        CalibrationError: the model cannot be run block by block.
+    """
+    total = 2 * stream.n_blocks + 1
+    inputs = forwards(stream, names_of, on_inputs, room, lambda done: on_block(done, total))
+    found = Observations()
     cotangents = _through_head(stream, names_of, found, seed)
     on_block(stream.n_blocks + 1, total)
     for index in reversed(range(stream.n_blocks)):

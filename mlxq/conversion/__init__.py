@@ -98,6 +98,8 @@ def convert(
         MlxqError: a subclass for each stage; nothing is left at `output` then.
     """
     budget = BudgetRequest(target_bpw, target_size, fit, context, costs)
+    if budget and imatrix is not None:
+        raise PlanError("a budget measures on the calibration text what matters: leave --imatrix out")
     if budget and method is None:
         method = "gptq"
     calibration = CalibrationRequest(
@@ -111,6 +113,7 @@ def convert(
     job = Job(source, outputs[0], revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
     if len(outputs) > 1:
         _refuse({"--type": type, "--method": method}, "a GGUF file alone; the portable recipe takes --bits")
+        _refuse({"--costs": costs}, "an output of its own")
         options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact, method)
         request = GgufRequest(exact=True, pre=pre, modelfile=modelfile, as_stored=True)
         from mlxq.conversion.to_both import to_both
@@ -118,7 +121,6 @@ def convert(
         return to_both(job, outputs, options, request, imatrix)
     of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
-    of_mlx |= {"--target-bpw": target_bpw, "--target-size": target_size, "--fit": fit}
     given = next((name for name, value in of_gguf.items() if value is not None), None)
     if is_gguf(job.output) or (job.output is None and given):
         if recipe == "portable":
@@ -127,7 +129,7 @@ def convert(
         from mlxq.conversion.to_gguf import to_gguf
 
         request = GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile, method=method)
-        return to_gguf(job, request, calibration=calibration)
+        return to_gguf(job, request, calibration=calibration, budget=budget)
     if recipe == "portable":
         del of_gguf["--imatrix"]
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")

@@ -12,7 +12,7 @@ from mlxq.calibration.texts import CalibrationText
 from mlxq.checkpoint.config import context_length
 from mlxq.conversion.calibration import Calibration
 from mlxq.conversion.code_store import CodeStore, store_key
-from mlxq.conversion.costs import Costs
+from mlxq.conversion.cost_file import Costs
 from mlxq.conversion.job import Job
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.plan.methods import is_calibrated

@@ -24,7 +24,7 @@ from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight,
 from mlxq.calibration.texts import CalibrationText, digest
 from mlxq.conversion.code_store import Codes, CodeStore
 from mlxq.conversion.coders import coder_of
-from mlxq.conversion.costs import Costs
+from mlxq.conversion.cost_file import Costs
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CalibrationError, FormatError
 from mlxq.formats import floats

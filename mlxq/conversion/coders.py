@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,18 +11,37 @@ import numpy as np
 from mlxq.errors import FormatError
 from mlxq.formats import crossings, floats, ggml
 from mlxq.formats.geometry import AFFINE_GROUP_SIZES
+from mlxq.formats.superblocks import SUPER_BLOCK
+from mlxq.plan.budget import Grid
 from mlxq.plan.planner import Plan
 from mlxq.quantizers import calibrated
 from mlxq.quantizers import ggml as encoders
 from mlxq.quantizers.curvature import Curvature
 from mlxq.quantizers.ggml import block_types, feedback
-from mlxq.types import QuantizedTensor, TensorPlan
+from mlxq.types import QuantizedTensor, QuantSpec, TensorPlan
+
+#: Bits and group size that are measured; other groups follow.
+_BITS = (2, 3, 4, 5, 6, 8)
+_BASE_GROUP = 64
+#: Types that tensors get by budget: where rows are whole super-blocks, and where they are not.
+_TYPES_OF_256 = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+_TYPES_OF_32 = ("IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 
 
 class Coder(Protocol):
-    """`sizes`: groups of columns that a curvature's order has to keep together."""
+    """`sizes`: groups of columns that a curvature's order has to keep together; `kind`: the type of its grids."""
 
     sizes: Sequence[int]
+    kind: type
+
+    def grids(self, K: int) -> list[Grid]:
+        """Grids of rows of `K` weights whose costs are measured."""
+
+    def completed(self, costs: Mapping[Grid, float], K: int) -> dict[Grid, float]:
+        """Costs of all grids that rows of `K` weights may get, from the measured ones."""
+
+    def with_grid(self, plan: TensorPlan, grid: Grid) -> TensorPlan:
+        """The plan of a tensor with another grid."""
 
     def quantize(
         self,
@@ -53,6 +73,21 @@ class AffineCoder:
     """`QuantizedTensor`s by `TensorPlan.spec`."""
 
     sizes = AFFINE_GROUP_SIZES
+    kind = QuantSpec
+
+    def grids(self, K: int) -> list[Grid]:
+        groups, base = _groups(K)
+        return [QuantSpec(b, base) for b in _BITS] + [QuantSpec(4, g) for g in groups if g != base]
+
+    def completed(self, costs: Mapping[Grid, float], K: int) -> dict[Grid, float]:
+        """Those that were not measured lose what their group size loses at 4 bits."""
+        groups, base = _groups(K)
+        four = costs[QuantSpec(4, base)]
+        ratios = {g: costs[QuantSpec(4, g)] / four if four else 1.0 for g in groups}
+        return {QuantSpec(b, g): costs[QuantSpec(b, base)] * ratio for b in _BITS for g, ratio in ratios.items()}
+
+    def with_grid(self, plan: TensorPlan, grid: Grid) -> TensorPlan:
+        return replace(plan, spec=grid)
 
     def quantize(
         self,
@@ -85,6 +120,16 @@ class BlockCoder:
     """Blocks of a ggml type, uint8 `[..., row_bytes]`, by `TensorPlan.dtype`."""
 
     sizes = block_types.SIZES
+    kind = str
+
+    def grids(self, K: int) -> list[Grid]:
+        return list(_TYPES_OF_256 if K % SUPER_BLOCK == 0 else _TYPES_OF_32)
+
+    def completed(self, costs: Mapping[Grid, float], K: int) -> dict[Grid, float]:
+        return dict(costs)
+
+    def with_grid(self, plan: TensorPlan, grid: Grid) -> TensorPlan:
+        return replace(plan, dtype=grid)
 
     def quantize(
         self,
@@ -110,6 +155,12 @@ class BlockCoder:
 
     def stacked(self, parts: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         return np.stack(parts).reshape(*shape[:-1], -1)
+
+
+def _groups(K: int) -> tuple[list[int], int]:
+    """Legal group sizes of rows of `K` weights, and the one that all bits are measured with."""
+    groups = [g for g in AFFINE_GROUP_SIZES if K % g == 0]
+    return groups, _BASE_GROUP if _BASE_GROUP in groups else groups[-1]
 
 
 def coder_of(plan: Plan) -> Coder:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from mlxq.errors import PlanError
 from mlxq.types import Method
@@ -35,7 +37,11 @@ class BudgetRequest:
     """How large the result may be.
 
     `bpw` are bits per weight, `size` is such as `4.2GB`, `memory` that of a machine that must hold weights, a cache of
-    `context` tokens and room for the rest. `costs` is a file of measured costs, read if it is there, else written.
+    `context` tokens and room for the rest, `kl` the divergence in nats per token that the result may have. `costs` is a
+    file of measured costs, read if it is there, else written.
+
+    Raises:
+        PlanError: more than one budget, or one that is none.
     """
 
     bpw: float | None = None
@@ -43,9 +49,29 @@ class BudgetRequest:
     memory: str | None = None
     context: int = 4096
     costs: str | os.PathLike[str] | None = None
+    kl: float | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in self._asked().items() if value is not None]
+        if len(given) > 1:
+            raise PlanError(f"one budget at a time: {' and '.join(given)} were given")
+        for name, number, unit in (("--target-bpw", self.bpw, "bits per weight"), ("--target-kl", self.kl, "nats")):
+            if number is not None and not 0 < number < math.inf:
+                raise PlanError(f"{name} {number:g}: a budget is a positive number of {unit}")
+        for text in (self.size, self.memory):
+            if text is not None:
+                size_in_bytes(text)
+
+    def _asked(self) -> dict[str, float | str | None]:
+        asked = {"--target-bpw": self.bpw, "--target-size": self.size, "--fit": self.memory}
+        return asked | {"--target-kl": self.kl}
 
     def __bool__(self) -> bool:
-        return any(v is not None for v in (self.bpw, self.size, self.memory))
+        return any(v is not None for v in self._asked().values())
+
+    def described(self) -> dict[str, Any]:
+        """What was asked for, without the place of a file."""
+        return {k: v for k, v in asdict(self).items() if v is not None and k != "costs"}
 
 
 @dataclass(frozen=True)

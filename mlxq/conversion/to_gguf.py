@@ -13,22 +13,23 @@ from mlxq.checkpoint.gguf.fields import config_name
 from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor, architecture_for
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.conversion.calibrated import calibrate, is_needed, read_text
+from mlxq.conversion.budget import Known
+from mlxq.conversion.calibrated import calibrate, is_needed
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
-from mlxq.conversion.request import MODELFILE, CalibrationRequest, GgufRequest, manifest_name
+from mlxq.conversion.request import MODELFILE, BudgetRequest, CalibrationRequest, GgufRequest, manifest_name
 from mlxq.errors import CheckpointError, PlanError
 from mlxq.formats import crossings
 from mlxq.formats.geometry import BLOCK_FORMATS
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
 from mlxq.plan.gguf_mixes import GgufModel
-from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan
+from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan, with_nearest_file_type
 from mlxq.plan.methods import CALIBRATED
 from mlxq.plan.planner import Plan
 from mlxq.types import TensorInfo
 from mlxq.writers.gguf.hyperparameters import rope_tensors
-from mlxq.writers.gguf.metadata import file_metadata, metadata_notes, ollama_modelfile
-from mlxq.writers.gguf.target import GgufTarget
+from mlxq.writers.gguf.metadata import file_metadata, file_type_number, metadata_notes, ollama_modelfile
+from mlxq.writers.gguf.target import GgufTarget, bytes_beside
 from mlxq.writers.manifest import manifest_json
 from mlxq.writers.output_file import OutputFile
 from mlxq.writers.stream import WeightStream
@@ -43,11 +44,14 @@ def to_gguf(
     request: GgufRequest,
     compare: Callable[[Path], list[str]] = lambda staged: [],
     calibration: CalibrationRequest = CalibrationRequest(),  # noqa: B008
+    budget: BudgetRequest = BudgetRequest(),  # noqa: B008
+    known: Known | None = None,
 ) -> ConversionResult:
     """Plan, write and prove a GGUF file; see `mlxq.convert`.
 
     `compare` is called with the file while that is staged, and gives notes for the manifest. `calibration` is for
-    methods that read a text.
+    methods that read a text, `budget` for types chosen by measurement, `known` what other conversions of the model
+    have made already.
     """
     options = GgufOptions(request.type, request.tensor_types, request.exact, request.as_stored, request.method)
     stage = None
@@ -63,22 +67,29 @@ def to_gguf(
         parameters = ParameterMap(checkpoint)
         names = gguf_names(parameters)
         has_importance = importance is not None or request.method in CALIBRATED
-        plan = _plan(parameters, names, options, _model(checkpoint.config, arch), has_importance)
+        model = _model(checkpoint.config, arch)
+        plan = _plan(parameters, names, options, model, has_importance)
         without = check_importance(importance, plan.tensors, names)
         # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.
         metadata = file_metadata(checkpoint, arch, plan, source=job.source_name, pre=request.pre)
         rope = rope_tensors(checkpoint.config)
+        known = known or Known()
+        known.prepare(job, parameters, plan, calibration, budget)
+        stored_names = {name: mapped.name for name, mapped in names.items()}
+        if budget:
+            beside = bytes_beside(metadata, plan, stored_names, rope)
+            plan = known.within_budget(plan, budget, checkpoint.config, beside)
+            plan = with_nearest_file_type(plan, stored_names, model)
+            metadata |= {"general.file_type": ("uint32", file_type_number(plan))}
         if job.on_plan:
             job.on_plan(plan)
-        stored_names = {name: mapped.name for name, mapped in names.items()}
         if stage is None:
             return ConversionResult(None, plan, checkpoint.config, stored_names=stored_names)
         stage.check_space(plan.nbytes + OTHER_FILES)
         weighting = Weighting(importance, stored_names)
         codes, calibrated = None, list[str]()
         if is_needed(plan):
-            text = read_text(job, parameters, calibration)
-            codes, calibrated = calibrate(job, stage.path, parameters, plan, text, calibration)
+            codes, calibrated = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
         target = GgufTarget(parameters, plan, names, metadata, rope, weighting, stage.path.name, codes)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage, codes or contextlib.nullcontext():
@@ -94,7 +105,7 @@ def to_gguf(
                 manifest_name(stage.path),
                 manifest_json(
                     source=job.describe(checkpoint, digests.source),
-                    options=job.options | _options(request, calibration if codes else None),
+                    options=job.options | _options(request, calibration if codes else None, budget),
                     plan=plan,
                     files=digests.written,
                     verification=verification.to_dict() if verification else None,
@@ -109,10 +120,12 @@ def to_gguf(
         )
 
 
-def _options(request: GgufRequest, calibration: CalibrationRequest | None) -> dict[str, Any]:
+def _options(request: GgufRequest, calibration: CalibrationRequest | None, budget: BudgetRequest) -> dict[str, Any]:
     """What was asked for, as the manifest says it: file names without their places."""
     out = dataclasses.asdict(request)
     out["imatrix"] = None if request.imatrix is None else Path(request.imatrix).name
+    if budget:
+        out["budget"] = budget.described()
     if calibration is not None:
         out["calibration"] = dataclasses.asdict(calibration) | {"source": Path(calibration.source).name}
     return out

@@ -13,8 +13,8 @@ from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.conversion.budget import costs_of, within_budget
-from mlxq.conversion.calibrated import calibrate, is_needed, read_text
+from mlxq.conversion.budget import Known
+from mlxq.conversion.calibrated import calibrate, is_needed
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
 from mlxq.conversion.request import BudgetRequest, CalibrationRequest
@@ -36,11 +36,12 @@ def to_mlx(
     calibration: CalibrationRequest = CalibrationRequest(),  # noqa: B008
     budget: BudgetRequest = BudgetRequest(),  # noqa: B008
     before_commit: Callable[[Path, dict[str, Any]], None] = lambda staged, source: None,
+    known: Known | None = None,
 ) -> ConversionResult:
     """Plan, write and prove an MLX directory; see `mlxq.convert`.
 
     `imatrix` weights the errors of the portable recipe; `calibration` is for methods that read a text, `budget`
-    for bits chosen by measurement.
+    for bits chosen by measurement, `known` what other conversions of the model have made already.
     `before_commit` is called with the stage and what the manifest says of the source, when all is staged.
     """
     stage = None if job.dry_run else OutputDirectory(job.path, overwrite=job.overwrite)
@@ -57,12 +58,10 @@ def to_mlx(
             dropped=parameters.dropped,
             model_dtype=checkpoint.config.get("torch_dtype"),
         )
-        text = costs = None
-        if budget or is_needed(plan):
-            text = read_text(job, parameters, calibration)
+        known = known or Known()
+        known.prepare(job, parameters, plan, calibration, budget)
         if budget:
-            costs = costs_of(job, parameters, plan, text, budget, calibration.seed)
-            plan = within_budget(parameters, plan, costs, budget)
+            plan = known.within_budget(plan, budget, checkpoint.config)
         names = gguf_names(parameters) if importance else {}
         without = check_importance(importance, plan.tensors, names)
         if job.on_plan:
@@ -76,7 +75,7 @@ def to_mlx(
         weighting = Weighting(importance, {name: mapped.name for name, mapped in names.items()})
         codes, calibrated = None, list[str]()
         if is_needed(plan):
-            codes, calibrated = calibrate(job, stage.path, parameters, plan, text, calibration, costs)
+            codes, calibrated = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
         target = mlx_writer.MlxTarget(parameters, plan, weighting, codes)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
         with stage, codes or contextlib.nullcontext():
@@ -118,5 +117,5 @@ def _options(
     if calibration is not None:
         out["calibration"] = dataclasses.asdict(calibration) | {"source": Path(calibration.source).name}
     if budget:
-        out["budget"] = {k: v for k, v in dataclasses.asdict(budget).items() if v is not None and k != "costs"}
+        out["budget"] = budget.described()
     return out

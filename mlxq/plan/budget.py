@@ -11,18 +11,27 @@ from __future__ import annotations
 import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from mlxq.errors import PlanError
-from mlxq.types import QuantSpec
+from mlxq.types import QuantSpec, TensorPlan
+
+#: One of MLX's, or the name of a ggml type.
+Grid: TypeAlias = QuantSpec | str
 
 
 @dataclass(frozen=True)
 class Option:
-    """One grid that a tensor may get: `spec`, None for float; its bytes; what it costs, in nats per token."""
+    """One grid that a tensor may get; its bytes; what it costs, in nats per token."""
 
-    spec: QuantSpec | None
+    grid: Grid
     nbytes: int
     cost: float
+
+
+def is_matrix_to_quantize(plan: TensorPlan) -> bool:
+    """Whether a tensor is a layer's and its codes are made anew, so that its grid can be chosen."""
+    return plan.action in ("quantize", "requantize") and plan.info.module != "other"
 
 
 def allocate(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:

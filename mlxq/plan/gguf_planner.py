@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mlxq.errors import PlanError
 from mlxq.formats.geometry import BLOCK_FORMATS
-from mlxq.plan.gguf_file_types import file_type
-from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, gguf_types, stays_float
+from mlxq.plan.gguf_file_types import FILE_TYPES, file_type
+from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, bpw, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import Overrides
 from mlxq.plan.methods import check_method
 from mlxq.plan.planner import Plan
@@ -87,6 +87,22 @@ def make_gguf_plan(
         _refuse_lossy(sources, plans)
     plans = [_with_method(p, options.method) for p in plans]
     return Plan(tuple(plans), wanted or "as stored", dropped, notes)
+
+
+def with_nearest_file_type(plan: Plan, names: Mapping[str, str], model: GgufModel) -> Plan:
+    """A plan whose types were chosen tensor by tensor, under the name of llama.cpp's that is nearest to it in size.
+
+    `names` are those of the tensors in the file.
+    """
+    shapes = [(names[p.info.name], p.info.shape) for p in plan.tensors]
+    quantized = [name for name, (_, base) in FILE_TYPES.items() if base not in FLOAT_BYTES]
+    sizes = {name: bpw(gguf_types(shapes, name, model, has_imatrix=True)) for name in quantized}
+    nearest = min(sizes, key=lambda name: abs(sizes[name] - plan.bpw))
+    note = (
+        f"types were chosen tensor by tensor; llama.cpp's name for the nearest size, which general.file_type says, is "
+        f"{nearest} ({sizes[nearest]:.2f} bpw of this model)"
+    )
+    return replace(plan, dtype=nearest, notes=(*plan.notes, note))
 
 
 def _fallbacks(chosen: Sequence[GgufTensorPlan]) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from mlxq.types import QuantSpec
 GRIDS = [QuantSpec(b, g) for b in (2, 3, 4, 5, 6, 8) for g in (32, 64, 128)]
 
 few_options = st.lists(
-    st.builds(Option, st.none(), st.integers(1, 30), st.integers(0, 40).map(float)), min_size=1, max_size=4
+    st.builds(Option, st.just("Q4_K"), st.integers(1, 30), st.integers(0, 40).map(float)), min_size=1, max_size=4
 )
 small_cases = st.lists(few_options, min_size=1, max_size=5)
 
@@ -88,7 +88,7 @@ def test_more_room_never_costs_more() -> None:
 def test_what_matters_gets_the_bits() -> None:
     options = {"dear": _options((512, 512), 10.0), "cheap": _options((512, 512), 0.01)}
     chosen = allocate(options, affine_bytes((1024, 512), QuantSpec(4, 64), "F16"))
-    assert chosen["dear"].spec.bits > 4 > chosen["cheap"].spec.bits
+    assert chosen["dear"].grid.bits > 4 > chosen["cheap"].grid.bits
 
 
 def test_order_does_not_matter() -> None:
@@ -101,7 +101,7 @@ def test_order_does_not_matter() -> None:
 
 def test_nothing_to_choose() -> None:
     assert allocate({}, 0) == {}
-    only = Option(None, 5, 1.0)
+    only = Option("Q4_K", 5, 1.0)
     assert allocate({"a": [only]}, 5) == {"a": only}
     with pytest.raises(PlanError, match=r"at least 5 bytes .*; 4 are left"):
         allocate({"a": [only]}, 4)

@@ -60,7 +60,7 @@ class GgufWriter(LaidOutFiles):
         for entry in entries:
             _check(entry)
         try:
-            header = self._header(directory / f".{filename}.header", metadata, entries)
+            header = header_bytes(directory / f".{filename}.header", metadata, entries)
             start = _padded(len(header))
             places, offset = {}, 0
             for entry in entries:
@@ -75,27 +75,28 @@ class GgufWriter(LaidOutFiles):
             self.abort()
             raise
 
-    def _header(self, scratch: Path, metadata: TypedMetadata, entries: Sequence[GgufEntry]) -> bytes:
-        """Everything before the tensor data, as the `gguf` package writes it."""
-        import gguf
 
-        writer = gguf.GGUFWriter(None, metadata[_ARCHITECTURE][1])
-        for key, (kind, value) in metadata.items():
-            if key != _ARCHITECTURE:
-                _add(writer, key, kind, value)
-        for entry in entries:
-            kind = gguf.GGMLQuantizationType[entry.type_name]
-            # A dtype other than uint8: the shape is taken as it is, in weights.
-            writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=kind)
-        with writing(scratch):
-            try:
-                writer.write_header_to_file(scratch)
-                writer.write_kv_data_to_file()
-                writer.write_ti_data_to_file()
-                writer.close()
-                return scratch.read_bytes()
-            finally:
-                scratch.unlink(missing_ok=True)
+def header_bytes(scratch: Path, metadata: TypedMetadata, entries: Sequence[GgufEntry]) -> bytes:
+    """Everything before the tensor data, as the `gguf` package writes it by way of a file `scratch`."""
+    import gguf
+
+    writer = gguf.GGUFWriter(None, metadata[_ARCHITECTURE][1])
+    for key, (kind, value) in metadata.items():
+        if key != _ARCHITECTURE:
+            _add(writer, key, kind, value)
+    for entry in entries:
+        kind = gguf.GGMLQuantizationType[entry.type_name]
+        # A dtype other than uint8: the shape is taken as it is, in weights.
+        writer.add_tensor_info(entry.name, entry.shape, np.dtype(np.float32), entry.nbytes, raw_dtype=kind)
+    with writing(scratch):
+        try:
+            writer.write_header_to_file(scratch)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            writer.close()
+            return scratch.read_bytes()
+        finally:
+            scratch.unlink(missing_ok=True)
 
 
 def _add(writer: Any, key: str, kind: str, value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from mlxq.formats import crossings, floats, ggml
 from mlxq.plan.planner import Plan
 from mlxq.quantizers import ggml as encoders
 from mlxq.types import FLOAT_BYTES, Action, QuantizedTensor, TensorPlan
-from mlxq.writers.gguf.file import GgufEntry, GgufWriter, TypedMetadata
+from mlxq.writers.gguf.file import ALIGNMENT, GgufEntry, GgufWriter, TypedMetadata, header_bytes
 from mlxq.writers.measured import MeasuredErrors
 from mlxq.writers.weighting import Weighting
 
@@ -26,6 +27,15 @@ _SAID: dict[Action, str] = {
     "repack": "written with their codes, and scales rounded to float16",
     "requantize": "quantized anew from quantized weights",
 }
+
+
+def bytes_beside(metadata: TypedMetadata, plan: Plan, names: Mapping[str, str], rope: Mapping[str, np.ndarray]) -> int:
+    """Bytes of a file that are not of the plan's tensors, padding included, whatever their types; at most."""
+    weights = [GgufEntry(names[p.info.name], "F32", p.info.shape) for p in plan.tensors]
+    factors = [GgufEntry(name, "F32", values.shape) for name, values in rope.items()]
+    with tempfile.TemporaryDirectory() as scratch:
+        header = header_bytes(Path(scratch) / "header", metadata, [*factors, *weights])
+    return len(header) + ALIGNMENT * (1 + len(weights)) + sum(f.nbytes + ALIGNMENT for f in factors)
 
 
 class Codes(Protocol):
