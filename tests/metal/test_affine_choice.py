@@ -119,7 +119,7 @@ def test_kernels_pass_their_check(checked, bits, group_size, dtype):
     cases.append(("quantized_matmul", how._replace(scales_dtype="F32"), 1))
     # Small ones that end as these do: the slow part is compiling.
     cases = [(op, w._replace(K=384, N=w.N and 44), rows) for op, w, rows in cases]
-    with checked.options(mode="fast"), warnings.catch_warnings():
+    with checked.options(mode="fast", opt="-O0"), warnings.catch_warnings():
         warnings.simplefilter("error")
         for case in cases:
             assert kernel_check.passes(*case)

@@ -149,7 +149,7 @@ def test_nothing_is_launched_for_no_rows(gpu):
 @pytest.mark.parametrize("name", METAL_TYPES)
 def test_every_kernel_passes_its_check(checked, name):
     # The slow part is compiling; `check` mode has its own tests.
-    with checked.options(mode="fast"), warnings.catch_warnings():
+    with checked.options(mode="fast", opt="-O0"), warnings.catch_warnings():
         warnings.simplefilter("error")
         row_bytes = random_blocks(name, (1, 512)).shape[-1]
         for op, dtype, rows in [
