@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mlxq.checkpoint.config import read_config
 from mlxq.checkpoint.huggingface import is_companion, is_tokenizer
-from mlxq.checkpoint.packed.schemes import check_directory
+from mlxq.checkpoint.packed.schemes import SETTINGS_FILES, check_directory
 from mlxq.checkpoint.shards import INDEX, explain_no_weights, find_weights, read_index
 from mlxq.errors import CheckpointError, MlxqError
 from mlxq.types import Progress, ProgressCallback
@@ -22,7 +22,7 @@ from mlxq.types import Progress, ProgressCallback
 #: Seconds that the Hub has to answer its first question, name resolution and every address tried included.
 #: The environment variable HF_HUB_ETAG_TIMEOUT of huggingface_hub, where set, replaces it.
 PATIENCE = 4.0
-_SMALL = ("config.json", INDEX, "hf_quant_config.json")
+_SMALL = ("config.json", INDEX, *SETTINGS_FILES)
 
 T = TypeVar("T")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 
@@ -182,27 +181,6 @@ def test_transformers_reads_the_normalized_config_as_it_reads_the_original():
         for part in (ours, *(v for v in ours.values() if isinstance(v, dict))):
             part.pop("type", None)
         assert ours == original, kind
-
-
-@pytest.mark.parametrize(
-    ("settings", "name"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq"}, "awq"),
-        ({"quant_method": "fp8"}, "fp8"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
-        ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({"quantization": {"quant_algo": "NVFP4"}}, "NVFP4"),
-        ({"bits": 4}, "an unnamed method"),
-    ],
-)
-def test_quantized_by_others_is_refused_by_name(settings, name):
-    where = Path("m/config.json")
-    for config in ({"quantization_config": settings}, {"text_config": {"quantization_config": settings}}):
-        with pytest.raises(CheckpointError, match=f"already quantized with {name},"):
-            C.refuse_quantized(config, where)
-    C.refuse_quantized({"quantization_config": None, "text_config": {"quantization_config": {}}}, where)
 
 
 def test_stop_tokens_are_the_union():

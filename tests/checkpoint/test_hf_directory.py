@@ -9,6 +9,7 @@ import pytest
 from checkpoint_builders import floats, write_config, write_index, write_safetensors
 
 from mlxq.checkpoint.huggingface import HuggingFaceCheckpoint, is_tokenizer
+from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CheckpointError
 
 
@@ -173,15 +174,17 @@ def test_integer_buffers_are_listed_but_not_read(model):
 
 
 def test_quantized_by_others_is_refused_before_the_weights_are_opened(tmp_path):
-    model = write_config(tmp_path, quantization_config={"quant_method": "gptq"})
+    model = write_config(tmp_path, quantization_config={"quant_method": "exl3"})
     (model / "model.safetensors").write_bytes(b"not even a header")
-    refuse(model, "already quantized with gptq")
+    with pytest.raises(CheckpointError, match=r"config\.json says that .* already quantized with exl3, .* gptq, awq"):
+        open_checkpoint(model)
 
 
 def test_model_optimizer_settings_beside_the_config(model):
     write_safetensors(model / "model.safetensors", {"a.weight": floats(2, 2)})
-    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
-    refuse(model, "hf_quant_config.json", "FP8")
+    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W2A2"}}))
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json.*modelopt"):
+        open_checkpoint(model)
 
 
 def test_companion_files(model):

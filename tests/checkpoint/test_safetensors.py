@@ -281,10 +281,10 @@ def test_unknown_tensor(file):
 
 
 def test_dtype_that_numpy_lacks_is_listed_but_not_read(file):
-    write_raw(file, {"a": entry("F8_E4M3", (4, 4))}, bytes(16))
+    write_raw(file, {"a": entry("C64", (2, 1))}, bytes(16))
     opened = SafetensorsFile(file)
-    assert opened.tensors["a"].dtype == "F8_E4M3"
-    with pytest.raises(CheckpointError, match="'a' is F8_E4M3"):
+    assert opened.tensors["a"].dtype == "C64"
+    with pytest.raises(CheckpointError, match="'a' is C64"):
         opened.read("a")
 
 

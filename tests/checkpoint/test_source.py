@@ -314,8 +314,8 @@ def test_weights_without_a_config(fake_hub):
 
 
 def test_quantized_by_others_is_refused_before_the_weights_are_fetched(fake_hub, tmp_path):
-    fake_hub.add(write_model(tmp_path / "m", quantization_config={"quant_method": "awq"}))
-    refuse("org/name", "already quantized with awq")
+    fake_hub.add(write_model(tmp_path / "m", quantization_config={"quant_method": "aqlm"}))
+    refuse("org/name", "already quantized with aqlm")
     assert fake_hub.downloaded == ["config.json"]
 
 
@@ -331,9 +331,9 @@ def test_an_unknown_architecture_is_refused_before_the_weights_are_fetched(fake_
 
 def test_model_optimizer_settings_are_read_before_the_weights_are_fetched(fake_hub, tmp_path):
     model = write_model(tmp_path / "m")
-    (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8"}}))
+    (model / "hf_quant_config.json").write_text(json.dumps({"quant_method": "nosuch"}))
     fake_hub.add(model)
-    refuse("org/name", "hf_quant_config.json", "already quantized with FP8")
+    refuse("org/name", "hf_quant_config.json", "already quantized with nosuch")
     assert "model.safetensors" not in fake_hub.downloaded
 
 

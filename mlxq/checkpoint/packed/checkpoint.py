@@ -33,15 +33,15 @@ class PackedCheckpoint(SafetensorsDirectory):
 
     def __init__(self, path: str | Path):
         super().__init__(Path(path))
-        settings = find_settings(self.path, self.config)
-        if settings is None:
+        found = find_settings(self.path, self.config)
+        if found is None:
             raise CheckpointError(f"{self.path}: nothing says that these weights are quantized")
-        self.settings = settings
+        self.settings = found.settings
         self.config = _without_settings(self.config)
-        scheme = find_scheme(settings, str(self.path))
+        scheme = find_scheme(found, str(self.path))
         self._open_weights()
         self._raw = RawTensors(self._stored)
-        self._packed = scheme.collect(Source(settings, self.config, self._raw, str(self.path)))
+        self._packed = scheme.collect(Source(self.settings, self.config, self._raw, str(self.path)))
         self.tensors = self._logical()
 
     def _logical(self) -> dict[str, TensorInfo]:
