@@ -12,14 +12,19 @@ from mlxq.cli.options import (
     CALIBRATION,
     GGUF,
     PLAN,
+    Calib,
+    CalibLength,
+    CalibSequences,
     Context,
     DryRun,
     Exact,
+    MaxMemory,
     Modelfile,
     NoVerify,
     Overwrite,
     Pre,
     Revision,
+    Seed,
     Source,
 )
 
@@ -105,28 +110,11 @@ def convert(
             rich_help_panel=CALIBRATION,
         ),
     ] = None,
-    calib: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Calibration text: a file of text or JSON lines, builtin, or self (the model writes it).",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = "builtin",
-    calib_sequences: Annotated[
-        int, typer.Option(min=1, help="Sequences of it that are read.", rich_help_panel=CALIBRATION)
-    ] = 128,
-    calib_length: Annotated[int, typer.Option(min=2, help="Tokens of each.", rich_help_panel=CALIBRATION)] = 512,
-    seed: Annotated[int, typer.Option(help="Of what is drawn.", rich_help_panel=CALIBRATION)] = 0,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIZE",
-            help="Beyond it, such as 8GB, hidden states of the text wait in a temporary file.",
-            show_default=False,
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
+    calib: Calib = "builtin",
+    calib_sequences: CalibSequences = 128,
+    calib_length: CalibLength = 512,
+    seed: Seed = 0,
+    max_memory: MaxMemory = None,
     target_bpw: Annotated[
         float | None,
         typer.Option(
@@ -149,11 +137,20 @@ def convert(
             rich_help_panel=BUDGET,
         ),
     ] = None,
+    target_kl: Annotated[
+        float | None,
+        typer.Option(
+            metavar="NATS",
+            help="The smallest whose measured divergence from the source is at most so much, found by some trials.",
+            show_default=False,
+            rich_help_panel=BUDGET,
+        ),
+    ] = None,
     costs: Annotated[
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Measured costs: read if it is there, else written, to be used again.",
+            help="Measured costs: read if it is there, else written, to be used again. Also for --method gptq.",
             show_default=False,
             rich_help_panel=BUDGET,
         ),
@@ -215,6 +212,7 @@ def convert(
             target_bpw=target_bpw,
             target_size=target_size,
             fit=fit,
+            target_kl=target_kl,
             context=context,
             costs=costs,
             pre=pre,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from mlxq.api import DEFAULT_CONTEXT, public
 from mlxq.conversion.job import ConversionResult, Job
@@ -11,6 +12,9 @@ from mlxq.conversion.request import GGUF_SUFFIX, BudgetRequest, CalibrationReque
 from mlxq.errors import PlanError
 from mlxq.plan.planner import Plan, PlanOptions
 from mlxq.types import CancelToken, ProgressCallback
+
+if TYPE_CHECKING:
+    from mlxq.conversion.budget import Known
 
 __all__ = ["ConversionResult", "convert", "export"]
 
@@ -38,6 +42,7 @@ def convert(
     target_bpw: float | None = None,
     target_size: str | None = None,
     fit: str | None = None,
+    target_kl: float | None = None,
     context: int = DEFAULT_CONTEXT,
     costs: str | os.PathLike[str] | None = None,
     pre: str | None = None,
@@ -76,11 +81,14 @@ def convert(
         calib_sequences, calib_length: how much of it is read, and in sequences of how many tokens.
         seed: of what is drawn: the model's own text, and the tokens that sensitivities are measured with.
         max_memory: such as `8GB`: beyond it, hidden states of the text wait in a temporary file.
-        target_bpw, target_size, fit: a budget, one of the three: bits per weight, a size such as `4.2GB`, or the
-            memory of the machine that has to hold weights and a cache of `context` tokens. Each tensor's bits and
-            group are chosen by what they cost the model's predictions.
+        target_bpw, target_size, fit, target_kl: a budget, one of the four: bits per weight, a size such as `4.2GB`,
+            the memory of the machine that has to hold weights and a cache of `context` tokens, or the divergence from
+            the source in nats per token: then some results are made and measured, and the smallest within it is kept.
+            Each tensor's bits and group, or in a GGUF file its type, are chosen by what they cost the model's
+            predictions.
         context: tokens, for `fit`.
-        costs: file of the measured costs: read if it is there, else written, to be used again.
+        costs: file of the measured costs: read if it is there, else written, to be used again. Without a budget they
+            weight the tokens for `gptq`.
         pre: llama.cpp's name for how the tokenizer splits text, where it cannot be found out.
         modelfile: write a `Modelfile` for Ollama beside the GGUF file.
         revision: branch, tag or commit of a Hub id.
@@ -97,7 +105,7 @@ def convert(
     Raises:
         MlxqError: a subclass for each stage; nothing is left at `output` then.
     """
-    budget = BudgetRequest(target_bpw, target_size, fit, context, costs)
+    budget = BudgetRequest(target_bpw, target_size, fit, context, costs, target_kl)
     if budget and imatrix is not None:
         raise PlanError("a budget measures on the calibration text what matters: leave --imatrix out")
     if budget and method is None:
@@ -129,14 +137,35 @@ def convert(
         from mlxq.conversion.to_gguf import to_gguf
 
         request = GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile, method=method)
-        return to_gguf(job, request, calibration=calibration, budget=budget)
+
+        def file(job: Job, known: Known | None = None) -> ConversionResult:
+            return to_gguf(job, request, calibration=calibration, budget=budget, known=known)
+
+        return _made(job, file, budget, calibration, request.beside(job.path) if output else ())
     if recipe == "portable":
         del of_gguf["--imatrix"]
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")
     options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact, method)
     from mlxq.conversion.to_mlx import to_mlx
 
-    return to_mlx(job, options, imatrix, calibration, budget)
+    def directory(job: Job, known: Known | None = None) -> ConversionResult:
+        return to_mlx(job, options, imatrix, calibration, budget, known=known)
+
+    return _made(job, directory, budget, calibration)
+
+
+def _made(
+    job: Job,
+    convert: Callable[..., ConversionResult],
+    budget: BudgetRequest,
+    calibration: CalibrationRequest,
+    beside: tuple[str, ...] | None = None,
+) -> ConversionResult:
+    if budget.kl is None or job.dry_run:
+        return convert(job)
+    from mlxq.conversion.to_kl import to_kl
+
+    return to_kl(job, budget.kl, calibration, convert, beside)
 
 
 @public

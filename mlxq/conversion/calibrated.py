@@ -13,6 +13,7 @@ from mlxq.checkpoint.config import context_length
 from mlxq.conversion.calibration import Calibration
 from mlxq.conversion.code_store import CodeStore, store_key
 from mlxq.conversion.cost_file import Costs
+from mlxq.conversion.folding import FoldedParameters
 from mlxq.conversion.job import Job
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.plan.methods import is_calibrated
@@ -62,15 +63,17 @@ def calibrate(
     text: CalibrationText,
     request: CalibrationRequest,
     costs: Costs | None = None,
-) -> tuple[CodeStore, list[str]]:
-    """Codes of every tensor that the plan gives to a calibrated method, and notes on how they came about.
+) -> tuple[CodeStore, list[str], FoldedParameters]:
+    """Codes of every tensor that the plan gives to a calibrated method, notes on how they came about, and the weights
+    that all else is to be read from, which may be scaled.
 
     The caller enters the store (`with store`) for the time in which it writes the result.
 
     Raises:
         CalibrationError: activations overflow.
     """
-    store = CodeStore(output, store_key(parameters, plan, text, request, costs.text if costs else None))
+    key = store_key(parameters, plan, text, request, costs.text if costs else None)
+    store = CodeStore(output, key, keep=job.resumable)
     run = Calibration(parameters, plan, text, request, store, job.progress, job.cancel, costs)
     try:
         # Overflow is named where it shows.
@@ -79,4 +82,4 @@ def calibrate(
     except BaseException as e:
         store.leave(e)
         raise
-    return store, run.notes
+    return store, run.notes, run.folded

@@ -41,14 +41,14 @@ _NOT_IN_KEY = ("source", "n_sequences", "length", "seed", "max_memory")
 class CodeStore:
     """Codes by step and by parameter name. One run at a time works in a store.
 
-    Where it is entered, it is removed when the block ends well. It is kept, and that is said, when the work was
-    interrupted or the disk was full; any other error would come again, and nothing is kept.
+    Where it is entered, it is removed when the block ends well. It is kept (unless `keep` is False), and that is said,
+    when the work was interrupted or the disk was full; any other error would come again, and nothing is kept.
 
     Attributes:
         path: the directory.
     """
 
-    def __init__(self, output: Path, key: Mapping[str, Any]):
+    def __init__(self, output: Path, key: Mapping[str, Any], *, keep: bool = True):
         """Open the store beside `output`, empty unless an earlier run with the same `key` left its steps there.
 
         Raises:
@@ -56,7 +56,7 @@ class CodeStore:
         """
         output = Path(os.path.abspath(output))
         self.path = output.parent / f".{output.name}.calibration"
-        self._output = output
+        self._output, self._keep = output, keep
         self._places: dict[str, tuple[Path, int, dict[str, Any]]] = {}
         text = json.dumps(key, sort_keys=True)
         wanted = hashlib.sha256(text.encode()).hexdigest()
@@ -170,7 +170,7 @@ class CodeStore:
     def leave(self, error: BaseException | None) -> None:
         """Keep what an interrupted run goes on from; remove what is of no use any more."""
         again = isinstance(error, MlxqError) and not isinstance(error, Cancelled | OutputError)
-        if error is None or again or not self._places:
+        if error is None or again or not (self._keep and self._places):
             self.remove()
             return
         self._release()

@@ -41,7 +41,7 @@ class Job:
     """Source, place of the result, and how the work is run; see `mlxq.convert`.
 
     `name` is what the source is called where that is not its place; `origin` and `options` are what a manifest says of
-    it and of how it was made then.
+    it and of how it was made then. Codes that calibration made stay when a `resumable` job is interrupted.
     """
 
     source: str | os.PathLike[str]
@@ -56,6 +56,7 @@ class Job:
     name: str | os.PathLike[str] | None = None
     origin: dict[str, Any] | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    resumable: bool = True
 
     @property
     def path(self) -> Path:
@@ -73,8 +74,10 @@ class Job:
         """The source as the person named it."""
         return os.fspath(self.source if self.name is None else self.name)
 
-    def prove(self, parameters: ParameterMap, result: Path, plan: Plan) -> Any:
+    def prove(self, parameters: ParameterMap, result: Path, plan: Plan, scaled: ParameterMap | None = None) -> Any:
         """Run source and result over a text; None where that is not asked for.
+
+        `scaled` are the weights that the result's were made of, where those are not the source's.
 
         Raises:
             VerificationError: the result is broken.
@@ -83,7 +86,7 @@ class Job:
             return None
         from mlxq.evaluate.verify import verify
 
-        outcome = verify(parameters, result, bpw=plan.bpw, progress=self.progress, cancel=self.cancel)
+        outcome = verify(parameters, result, bpw=plan.bpw, scaled=scaled, progress=self.progress, cancel=self.cancel)
         if not outcome.passed:
             raise VerificationError(f"{parameters.checkpoint.path}: {outcome.failure}; nothing was written")
         return outcome

@@ -30,6 +30,7 @@ from mlxq.evaluate.quality.results import Evaluation, ModelQuality
 from mlxq.evaluate.quality.scores import Scores, head_chunks, score_model, score_pair
 from mlxq.evaluate.quality.text import Score, TextOptions, Windows
 from mlxq.evaluate.quality.tokens import shared_windows
+from mlxq.runtime.tokenizer import load_tokenizer
 from mlxq.types import CancelToken, Progress, ProgressCallback
 
 #: Steps of a head in the progress, in blocks: it is about as much work for every model.
@@ -135,6 +136,26 @@ def evaluate_model(
         cancel=cancel,
     )
     return evaluation.models[0]
+
+
+def measure_on(
+    windows: Windows,
+    model: str | Path,
+    reference: str | Path,
+    *,
+    revision: str | None = None,
+    cache: str | Path | None = None,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> ModelQuality:
+    """One model against a `reference` (of a Hub `revision`) on given token sequences; else as `evaluate_models`."""
+    with open_checkpoint(model) as opened, open_checkpoint(reference, revision, progress) as base, ExitStack() as stack:
+        steps = _Steps(progress, cancel or CancelToken(), windows)
+        session = _Session(windows, load_tokenizer(base), steps, ParameterMap(base))
+        parameters = ParameterMap(opened)
+        steps.expect([parameters], session.reference)
+        stack.enter_context(session.run_reference(cache, True))
+        return session.measure(str(model), parameters)
 
 
 class _Steps:
