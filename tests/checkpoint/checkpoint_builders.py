@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 NUMPY_NAMES = {"float32": "F32", "float16": "F16", "uint16": "BF16", "uint32": "U32", "int64": "I64", "uint8": "U8"}
+NUMPY_NAMES |= {"int32": "I32", "int16": "I16", "int8": "I8"}
 CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 32}
 
 
