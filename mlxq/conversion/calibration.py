@@ -19,27 +19,23 @@ import mlx.core as mx
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.calibration.observe import Moments, Observations, observing
+from mlxq.calibration.observe import Observations, observing
 from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight, share_of
 from mlxq.calibration.texts import CalibrationText, digest
 from mlxq.conversion.code_store import Codes, CodeStore
 from mlxq.conversion.coders import coder_of
 from mlxq.conversion.cost_file import Costs
+from mlxq.conversion.folding import FoldedParameters
+from mlxq.conversion.matrices import HELD_OUT_ROWS, Found, Matrices, held_out, other_methods
 from mlxq.conversion.request import CalibrationRequest
-from mlxq.errors import CalibrationError, FormatError
-from mlxq.formats import floats
-from mlxq.plan.methods import is_calibrated
+from mlxq.conversion.scaling import Scaling
+from mlxq.errors import CalibrationError
+from mlxq.plan.methods import FEEDBACK, is_calibrated
 from mlxq.plan.planner import Plan
-from mlxq.quantizers.curvature import DAMP, Curvature, output_errors
 from mlxq.runtime.weights import to_mlx
-from mlxq.types import CancelToken, Progress, ProgressCallback, TensorPlan
+from mlxq.types import CancelToken, Progress, ProgressCallback
 from mlxq.writers.measured import counted
 
-#: Rows of input, as a share of the number of inputs, below which an expert has no Hessian of its own.
-_LEAST_COVERAGE = 0.25
-#: Of the sequences one in so many is held out: nothing is fitted to it, and it says which method loses least. So many
-#: rows of each matrix's input are looked at, but where an expert saw fewer than the least, those it was fitted to.
-_HELD_OUT, _HELD_OUT_ROWS, _LEAST_HELD_OUT = 16, 1024, 32
 #: Tokens that say what goes into a head which is the embedding; more where it is wide.
 _HEAD_TOKENS = 4096
 #: Damping of the gradients' second moments at an embedding, whose free directions cost something where errors are
@@ -72,7 +68,10 @@ class Calibration:
 
     def __post_init__(self) -> None:
         self._plans = {p.info.name: p for p in self.plan.tensors if is_calibrated(p)}
-        self._coder = coder_of(self.plan)
+        self.folded = FoldedParameters(self.parameters, self.plan)
+        self._matrices = Matrices(self._plans, coder_of(self.plan), self.folded, self.request.sweeps)
+        self._coder = self._matrices.coder
+        self._scaling = Scaling(self._matrices)
         self._starved: dict[str, int] = {}
         self._blind: list[str] = []
         #: Parameter -> method -> matrices that it was kept for, instead of the one that was asked for.
@@ -109,7 +108,7 @@ class Calibration:
                 f"what goes into {counted(self._blind)} was not seen, so they were searched with all inputs alike: "
                 f"{self._blind[0]}"
             )
-        self.notes += _other_methods(self._instead)
+        self.notes += other_methods(self._instead) + self._scaling.said()
         if self._starved:
             n = sum(self._starved.values())
             self.notes.append(
@@ -122,10 +121,12 @@ class Calibration:
         names = self._names(block.path)
         total = 2 * len(self._aside)
         if not self._is_done(block.index + 1) and names:
-            self._quantize(block.index + 1, self._observed(block, activations, names))
+            self._quantize_block(block, activations, names)
         for name in names:
             if name in self.store:
                 self._put(block.module, block.path, name)
+        inside = [n for n in self.folded.scaled if n.startswith(f"{block.path}.") and n not in self.store]
+        self.folded.put(block, inside)
         for i, hidden in enumerate(activations):
             self.cancel.check()
             output = block(hidden)
@@ -143,7 +144,7 @@ class Calibration:
                 for which, hidden, marked in activations.apart(self._aside):
                     self.cancel.check()
                     seen.weights = self._weights_of(which)
-                    seen.aside = share_of(_HELD_OUT_ROWS, len(which), self._aside) if marked else None
+                    seen.aside = share_of(HELD_OUT_ROWS, len(which), self._aside) if marked else None
                     mx.eval(block(hidden))
                     done += len(which)
                     if turn == 0:
@@ -172,32 +173,45 @@ class Calibration:
 
         return of
 
+    def _quantize_block(self, block: Block, activations: Activations, names: Sequence[str]) -> None:
+        """Again without the scales with which a matrix loses more than by rounding to nearest without them."""
+        scaling = self._scaling.of_block(block, activations[0][:1], names)
+        while True:
+            found = Found()
+            for seen in self._observed(block, activations, names):
+                scaling.choose(seen)
+                self._add(found, seen)
+            if not scaling.take_back(found.errors):
+                break
+        self._store(block.index + 1, found, scaling.arrays(), scaling.notes())
+
     def _quantize(
         self, step: int, turns: Iterable[Observations], others: Mapping[str, Codes] = MappingProxyType({})
     ) -> None:
-        parts: dict[str, list[Codes]] = {}
-        errors: dict[str, np.ndarray] = {}
-        starved: dict[str, int] = {}
-        instead: dict[str, dict[str, int]] = {}
+        found = Found()
         for seen in turns:
-            for group in seen.by_input():
-                moments = seen.moments[group[0]]
-                for i in moments.held:
-                    curvature = self._curvature_of(moments, i, group)
-                    for name in group:
-                        self.cancel.check()
-                        best = self._matrix(name, i, moments, curvature)
-                        parts.setdefault(name, []).append(best.codes)
-                        errors[name] = errors.get(name, 0) + best.errors
-                        if curvature is None and self._plans[name].method == "gptq":
-                            starved[name] = starved.get(name, 0) + 1
-                        elif best.method != self._plans[name].method:
-                            of = instead.setdefault(name, {})
-                            of[best.method] = of.get(best.method, 0) + 1
-        codes = {name: self._coder.stacked(p, self._plans[name].info.shape) for name, p in parts.items()}
-        notes = {"errors": {name: [float(e) for e in of] for name, of in errors.items()}, "starved": starved}
-        notes["instead"] = instead
-        self.store.put(step, codes | others, notes)
+            self._add(found, seen)
+        self._store(step, found, others)
+
+    def _add(self, found: Found, seen: Observations) -> None:
+        """Codes of the matrices whose inputs were seen."""
+        for group in seen.by_input():
+            moments = seen.moments[group[0]]
+            for i in moments.held:
+                curvature = self._matrices.curvature_of(moments, i, group)
+                for name in group:
+                    self.cancel.check()
+                    asked = self._plans[name].method
+                    found.add(name, asked, self._matrices.made(name, i, moments, curvature))
+                    if curvature is None and asked in FEEDBACK:
+                        found.starved[name] = found.starved.get(name, 0) + 1
+        self._matrices.forget()
+
+    def _store(
+        self, step: int, found: Found, others: Mapping[str, Codes], notes: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        codes = {n: self._coder.stacked(p, self._plans[n].info.shape) for n, p in found.parts.items()}
+        self.store.put(step, codes | others, found.notes() | notes)
         self._is_done(step)
 
     def _is_done(self, step: int) -> bool:
@@ -206,57 +220,10 @@ class Calibration:
         if notes is not None:
             self.errors |= notes["errors"]
             self._starved |= notes["starved"]
-            self._instead |= notes.get("instead", {})
+            self._instead |= notes["instead"]
             self._blind += notes.get("blind", [])
+            self._scaling.take_up(notes, self.store.read)
         return notes is not None
-
-    def _curvature_of(self, moments: Moments, i: int, group: Sequence[str]) -> Curvature | None:
-        """Of one matrix of a stack; None for an expert that saw too little."""
-        enough = len(moments.counts) == 1 or moments.counts[i] >= _LEAST_COVERAGE * moments.total.shape[-1]
-        if not enough or all(self._plans[name].method == "search" for name in group):
-            return None
-        try:
-            return self._curvature(moments.hessian(i))
-        except FormatError as e:
-            raise CalibrationError(f"{group[0]}: {e}") from e
-
-    def _curvature(self, hessian: np.ndarray, damp: float = DAMP) -> Curvature:
-        return Curvature.of(hessian, damp, sizes=self._coder.sizes)
-
-    def _matrix(self, name: str, i: int, moments: Moments, curvature: Curvature | None) -> _Kept:
-        plan = self._plans[name]
-        w = self._weights(name, slice(i, i + 1) if len(plan.info.shape) > 2 else None)
-        curvature = curvature if plan.method == "gptq" else None
-        own = moments.counts[i] and curvature is None
-        importance = moments.mean_squares(i) if own else moments.pooled_squares()
-        return self._best(w.reshape(w.shape[-2:]), plan, curvature, importance, _held_out_errors(moments, i))
-
-    def _best(
-        self,
-        w: np.ndarray,
-        plan: TensorPlan,
-        curvature: Curvature | None,
-        importance: np.ndarray,
-        errors_of: Callable[[np.ndarray], float],
-    ) -> _Kept:
-        """What loses least on sequences that are held out: the method's codes, or those of rounding to nearest.
-
-        Where rounding wins over error feedback, a search is tried, too.
-        """
-        size = max(errors_of(w), 1e-30)
-        found: list[tuple[float, str, Codes]] = []
-
-        def try_it(method: str, made: tuple[Codes, np.ndarray]) -> float:
-            found.append((errors_of(w - made[1]) / size, method, made[0]))
-            return found[-1][0]
-
-        searched = {"importance": importance, "sweeps": self.request.sweeps}
-        own = try_it(plan.method, self._coder.quantize(w, plan, curvature=curvature, **searched))
-        plain = try_it("rtn", self._coder.rounded(w, plan))
-        if plain < own and curvature is not None:
-            try_it("search", self._coder.quantize(w, plan, **searched))
-        error, method, codes = min(found, key=lambda f: f[0])
-        return _Kept(codes, method, np.array([error, plain]))
 
     def _embedding(self, stream: BlockStream) -> None:
         """Matrices that are looked up: by the gradients that come back to them, else searched.
@@ -271,8 +238,11 @@ class Calibration:
             looked_up = {n: self._plans[n] for n in names if n not in seen.order}
             curvature = None
             if self._measured and looked_up:
-                curvature = self._curvature(self._measured.embedding, _EMBEDDING_DAMP)
-            codes = {n: self._coder.quantize(self._weights(n), p, curvature=curvature)[0] for n, p in looked_up.items()}
+                curvature = self._matrices.curvature(self._measured.embedding, _EMBEDDING_DAMP)
+            codes = {
+                n: self._coder.quantize(self._matrices.weights(n), p, curvature=curvature)[0]
+                for n, p in looked_up.items()
+            }
             self._quantize(0, [seen], codes)
         looked_up = () if stream.whole else names
         stream.embed({n.removesuffix(".weight"): to_mlx(self._decoded(n)) for n in looked_up})
@@ -301,7 +271,7 @@ class Calibration:
 
     def _inputs_of_head(self, stream: BlockStream, names: Sequence[str]) -> Observations:
         aside = held_out(stream.n_sequences)
-        return stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")], aside, _HELD_OUT_ROWS)
+        return stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")], aside, HELD_OUT_ROWS)
 
     def _head(self, stream: BlockStream) -> None:
         step = stream.n_blocks + 1
@@ -321,10 +291,9 @@ class Calibration:
             parts = []
             for i in range(prod(lead)):
                 self.cancel.check()
-                w = self._weights(name, slice(i, i + 1) if lead else None)
-                parts.append(self._coder.quantize(w.reshape(w.shape[-2:]), plan)[0])
+                parts.append(self._coder.quantize(self._matrices.weights(name, i), plan)[0])
             codes[name] = self._coder.stacked(parts, plan.info.shape)
-        self.store.put(step, codes, {"errors": {}, "starved": {}, "blind": names})
+        self.store.put(step, codes, Found().notes() | {"blind": names})
         self._is_done(step)
 
     def _names(self, path: str) -> list[str]:
@@ -333,10 +302,6 @@ class Calibration:
     def _is_head(self, name: str) -> bool:
         """Whether an embedding is the output projection, too."""
         return not any(n.startswith("lm_head.") or ".lm_head." in n for n in self.parameters.tensors)
-
-    def _weights(self, name: str, rows: slice | None = None) -> np.ndarray:
-        w = self.parameters.read(name, rows)
-        return floats.to_float32(w, floats.dtype_of(w))
 
     def _decoded(self, name: str) -> np.ndarray:
         return self._coder.decoded(self.store.read(name), self._plans[name])
@@ -351,38 +316,3 @@ class Calibration:
         if self.progress:
             of_all = self._n_blocks * total
             self.progress(Progress("calibrate", index * total + done, of_all, "passes", f"block {index + 1}"))
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """What was made of a matrix: by which method, and the relative errors of that and of rounding to nearest."""
-
-    codes: Codes
-    method: str
-    errors: np.ndarray
-
-
-def held_out(n: int) -> np.ndarray:
-    """Which of `n` sequences are held out, bool `[n]`: at least one of four or more."""
-    return (np.arange(n) % _HELD_OUT == min(n, _HELD_OUT) // 2) & (n >= 4)
-
-
-def _held_out_errors(moments: Moments, i: int) -> Callable[[np.ndarray], float]:
-    """Squared output error of weights that are off by `[N, K]`, on rows that nothing was fitted to if there are any."""
-    rows = moments.rows_aside(i)
-    if len(rows) < _LEAST_HELD_OUT:
-        hessian = moments.hessian(i)
-        return lambda errors: float(output_errors(errors, hessian).sum())
-    return lambda errors: float(np.square(rows @ errors.T).sum(dtype=np.float64)) / len(rows)
-
-
-def _other_methods(instead: Mapping[str, Mapping[str, int]]) -> list[str]:
-    """How many matrices have codes of another method than the one asked for, and which is the first."""
-    out = []
-    for method, did in (("search", "searched without error feedback"), ("rtn", "rounded to nearest")):
-        counts = {name: of[method] for name, of in instead.items() if method in of}
-        if counts:
-            n = sum(counts.values())
-            matrices = "1 matrix is" if n == 1 else f"{n} matrices are"
-            out.append(f"{matrices} {did}, which loses least on text that is held out: {min(counts)}")
-    return out

@@ -87,17 +87,19 @@ def to_gguf(
             return ConversionResult(None, plan, checkpoint.config, stored_names=stored_names)
         stage.check_space(plan.nbytes + OTHER_FILES)
         weighting = Weighting(importance, stored_names)
-        codes, calibrated = None, list[str]()
+        codes, calibrated, scaled = None, list[str](), parameters
         if is_needed(plan):
-            codes, calibrated = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
-        target = GgufTarget(parameters, plan, names, metadata, rope, weighting, stage.path.name, codes)
-        weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
+            found = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
+            codes, calibrated, scaled = found
+            plan = scaled.explained(plan)
+        target = GgufTarget(scaled, plan, names, metadata, rope, weighting, stage.path.name, codes)
+        weights = WeightStream(scaled, plan, target, job.progress, job.cancel)
         with stage, codes or contextlib.nullcontext():
             digests = stage.fill(weights.write)
             notes = [*target.notes(), *without, *calibrated, *metadata_notes(checkpoint)]
             if request.exact:
                 _refuse_changed(target.errors.relative_rmse, names)
-            verification = job.prove(parameters, stage.staged, plan)
+            verification = job.prove(parameters, stage.staged, plan, scaled)
             notes += compare(stage.staged)
             if request.modelfile:
                 stage.write(MODELFILE, ollama_modelfile(stage.path.name, metadata, checkpoint).encode())

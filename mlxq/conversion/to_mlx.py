@@ -73,18 +73,20 @@ def to_mlx(
             raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
         stage.check_space(plan.nbytes + OTHER_FILES)
         weighting = Weighting(importance, {name: mapped.name for name, mapped in names.items()})
-        codes, calibrated = None, list[str]()
+        codes, calibrated, scaled = None, list[str](), parameters
         if is_needed(plan):
-            codes, calibrated = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
-        target = mlx_writer.MlxTarget(parameters, plan, weighting, codes)
-        weights = WeightStream(parameters, plan, target, job.progress, job.cancel)
+            found = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
+            codes, calibrated, scaled = found
+            plan = scaled.explained(plan)
+        target = mlx_writer.MlxTarget(scaled, plan, weighting, codes)
+        weights = WeightStream(scaled, plan, target, job.progress, job.cancel)
         with stage, codes or contextlib.nullcontext():
             for name, content in companions.items():
                 stage.write(name, content)
             stage.write("config.json", mlx_writer.config_json(checkpoint.config, plan.tensors, plan.dtype))
             digests = stage.fill(weights.write)
             notes = [*target.notes(), *without, *calibrated]
-            verification = job.prove(parameters, stage.stage, plan)
+            verification = job.prove(parameters, stage.stage, plan, scaled)
             files = digests.written | {name: sha256(stage.stage / name) for name in ("config.json", *companions)}
             described = job.describe(checkpoint, digests.source)
             stage.write(

@@ -102,6 +102,7 @@ def verify(
     result_path: str | Path,
     *,
     bpw: float | None = None,
+    scaled: ParameterMap | None = None,
     always_run: bool = False,
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
@@ -115,6 +116,7 @@ def verify(
         source: where the conversion started; its tokenizer reads the text.
         result_path: the directory that was made.
         bpw: bits per weight of the result, everything counted; measured from its tensors when None.
+        scaled: the source with channels scaled as in the result, to compare tensors with; the same function.
         progress: called with stage `verify` after every block and every chunk of the heads.
         cancel: checked at the same places.
 
@@ -144,7 +146,7 @@ def verify(
         # A comparison with NaN is false, so this holds for a divergence that is not finite too. A tensor may be broken
         # where the text does not reach it.
         suspicious = not divergence.kl <= suspicious_kl(tensors, exact) or bool(not_finite(result, cancel))
-        errors = tensor_errors(parameters, result, cancel) if suspicious else []
+        errors = tensor_errors(scaled or parameters, result, cancel) if suspicious else []
         vocabulary = vocabulary_size(parameters.checkpoint.config)
         predicts = better_than_chance(divergence.nll_source, vocabulary)
         bound = kl_bound(tensors, exact, predicts=predicts)

@@ -5,8 +5,11 @@ from __future__ import annotations
 from mlxq.errors import PlanError
 from mlxq.types import TensorPlan
 
-#: Those that look at what a calibration text sends into the layers.
-CALIBRATED = ("search", "gptq")
+#: Those that look at what a calibration text sends into the layers; of these, which scale the layers' inputs, and
+#: which feed errors back.
+CALIBRATED = ("search", "gptq", "awq", "awq+gptq")
+SCALING = ("awq", "awq+gptq")
+FEEDBACK = ("gptq", "awq+gptq")
 METHODS = ("rtn", *CALIBRATED)
 
 

@@ -63,6 +63,11 @@ class Curvature:
             damp *= 10
         raise FormatError(f"the Hessian of {len(h)} inputs cannot be factorized, even with a damping of {_MOST:g}")
 
+    def scaled(self, s: np.ndarray) -> Curvature:
+        """Of the same inputs divided by `s` `[K]`, in the same order: `H -> H / s s^T`, `U -> U s`."""
+        s = s[self.order].astype(np.float32)
+        return Curvature(self.order, self.hessian / (s[:, None] * s), self.upper * s, self.damp)
+
     @property
     def inverse_order(self) -> np.ndarray:
         inverse = np.empty_like(self.order)
