@@ -11,6 +11,7 @@ _EXPORTS = {
     "convert": "mlxq.conversion",
     "ConversionResult": "mlxq.conversion",
     "export": "mlxq.conversion",
+    "write_importance": "mlxq.conversion.importance",
     "load": "mlxq.runtime.load",
     "Model": "mlxq.runtime.load",
     "generate": "mlxq.runtime.generate",
@@ -54,10 +55,12 @@ __all__ = [
     "quantize",
     "quantized_matmul",
     "stream",
+    "write_importance",
 ]
 
 if TYPE_CHECKING:
     from mlxq.conversion import ConversionResult, convert, export
+    from mlxq.conversion.importance import write_importance
     from mlxq.errors import MlxqError
     from mlxq.evaluate.comparison.compare import Comparison, compare
     from mlxq.evaluate.inspect import inspect

@@ -1,5 +1,6 @@
 """Whole conversions to GGUF, judged by llama.cpp and the gguf package, and every way in which they may fail."""
 
+import errno
 import json
 
 import command
@@ -326,6 +327,30 @@ def test_a_pair_that_fails_at_its_end_leaves_nothing(tmp_path, source, monkeypat
     assert left(tmp_path) == []
 
 
+@pytest.mark.parametrize("old", [("b.gguf", "b.mlxq.json"), ("b.gguf",), ()])
+def test_a_directory_that_cannot_take_its_place_leaves_the_old_file(tmp_path, source, monkeypatch, old):
+    from mlxq.writers.output import OutputDirectory
+
+    convert(source, [tmp_path / "a", tmp_path / "b.gguf"], recipe="portable", bits=8, verify=False)
+    for name in {"b.gguf", "b.mlxq.json"} - {*old}:
+        (tmp_path / name).unlink()
+    before = {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()}
+    there = []
+
+    def full(self):
+        there.extend(p.name for p in tmp_path.glob("b.*"))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(OutputDirectory, "_move", full)
+    with pytest.raises(OutputError, match="the disk is full"):
+        convert(source, [tmp_path / "a", tmp_path / "b.gguf"], recipe="portable", overwrite=True, verify=False)
+    assert sorted(there) == ["b.gguf", "b.mlxq.json"], "the file was there already"
+    assert {p: p.read_bytes() for p in sorted(tmp_path.rglob("*")) if p.is_file()} == before
+    monkeypatch.undo()
+    convert(source, [tmp_path / "a", tmp_path / "b.gguf"], recipe="portable", overwrite=True, verify=False)
+    assert left(tmp_path) == ["a", "b.gguf", "b.mlxq.json"]
+
+
 def test_a_file_with_one_weight_off_fails_the_comparison_and_leaves_nothing(tmp_path, source, monkeypatch):
     from mlxq.writers.gguf.target import GgufTarget
 
@@ -488,6 +513,16 @@ def test_an_importance_matrix_of_another_model_is_refused_before_any_work(tmp_pa
     with pytest.raises(PlanError, match="--imatrix is for a GGUF file"):
         convert(source, tmp_path / "mlx", imatrix=imatrix)
     assert left(tmp_path) == ["i.gguf"]
+
+
+@pytest.mark.parametrize("place", ["b.gguf", "a/i.gguf", "b.mlxq.json"])
+def test_an_importance_matrix_is_never_replaced_by_a_pair(tmp_path, source, place):
+    (tmp_path / "a").mkdir()
+    imatrix = make_imatrix(tmp_path / place, ["blk.0.attn_q.weight"])
+    before = imatrix.read_bytes()
+    with pytest.raises(OutputError, match=r"importance matrix.*choose another output"):
+        convert(source, [tmp_path / "a", tmp_path / "b.gguf"], recipe="portable", imatrix=imatrix, overwrite=True)
+    assert imatrix.read_bytes() == before
 
 
 def test_a_gguf_file_crosses_to_another_type_without_loss_where_its_codes_fit(tmp_path, source):

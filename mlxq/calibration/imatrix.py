@@ -135,6 +135,11 @@ class ImportanceMatrix:
             )
         return missing
 
+    def unseen(self) -> dict[str, int]:
+        """GGUF name -> experts that no token reached, where there are any."""
+        counts = {name: int((entry.counts == 0).sum()) for name, entry in self.entries.items()}
+        return {name: n for name, n in counts.items() if n}
+
     def write(self, path: str | Path) -> None:
         """Write the matrix: the old form where the name ends in `.dat`, else GGUF. An existing file is replaced.
 

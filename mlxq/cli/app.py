@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import mlxq
-from mlxq.cli import bench, compare, convert, eval, export, generate, inspect, verify
+from mlxq.cli import bench, compare, convert, eval, export, generate, imatrix, inspect, verify
 from mlxq.errors import UsageError
 
 _INTERRUPTED = 130
@@ -26,6 +26,7 @@ app.command("convert")(convert.convert)
 app.command("eval")(eval.evaluate)
 app.command("export")(export.export)
 app.command("generate")(generate.generate)
+app.command("imatrix")(imatrix.imatrix)
 app.command("inspect")(inspect.inspect)
 app.command("verify")(verify.verify)
 

@@ -27,6 +27,26 @@ Pre = Annotated[
 Modelfile = Annotated[
     bool, typer.Option("--modelfile", help="Write a Modelfile for Ollama beside the file.", rich_help_panel=GGUF)
 ]
+Calib = Annotated[
+    str,
+    typer.Option(
+        metavar="FILE",
+        help="Calibration text: a file of text or JSON lines, builtin, or self (the model writes it).",
+        rich_help_panel=CALIBRATION,
+    ),
+]
+CalibSequences = Annotated[int, typer.Option(min=1, help="Sequences of it that are read.", rich_help_panel=CALIBRATION)]
+CalibLength = Annotated[int, typer.Option(min=2, help="Tokens of each.", rich_help_panel=CALIBRATION)]
+Seed = Annotated[int, typer.Option(help="Of what is drawn.", rich_help_panel=CALIBRATION)]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="Beyond it, such as 8GB, hidden states of the text wait in a temporary file.",
+        show_default=False,
+        rich_help_panel=CALIBRATION,
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the plan, tensor by tensor, and write nothing.", rich_help_panel=RUN),

@@ -7,26 +7,55 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from mlxq.api import public
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.errors import CheckpointError, OutputError
-from mlxq.types import Progress, TensorPlan
+from mlxq.conversion.job import Job, refuse_source
+from mlxq.conversion.request import CalibrationRequest, size_in_bytes
+from mlxq.errors import CheckpointError, FormatError, OutputError
+from mlxq.types import CancelToken, Progress, ProgressCallback, TensorPlan
+from mlxq.writers.output_file import OutputFile
 
 if TYPE_CHECKING:
     from mlxq.calibration.imatrix import ImportanceMatrix
     from mlxq.checkpoint.gguf.names import MappedTensor
-    from mlxq.conversion.job import Job
-    from mlxq.conversion.request import CalibrationRequest
+
+#: Kinds of modules with matrices; an embedding counts where it is the head, too.
+_COUNTED = ("linear", "switch", "embedding")
+_SUFFIXES = (".gguf", ".dat")
 
 
 def read_importance(path: str | os.PathLike[str] | None, output: Path | None) -> ImportanceMatrix | None:
-    """The matrix in a file, or None where none is named. It may be a GGUF file too; `output` must not be it."""
+    """The matrix in a file, or None where none is named. It may be a GGUF file too; `output` must not be it.
+
+    Raises:
+        CheckpointError, FormatError: the file cannot be read, or is no importance matrix.
+        OutputError: the output would replace it.
+    """
     if path is None:
         return None
-    if output is not None and output.exists() and os.path.exists(path) and output.samefile(path):
-        raise OutputError(f"{output} is the importance matrix; choose another output")
+    refuse_importance(path, *(() if output is None else (output,)))
     from mlxq.calibration.imatrix import ImportanceMatrix
 
     return ImportanceMatrix.read(path)
+
+
+def refuse_importance(path: str | os.PathLike[str] | None, *outputs: Path) -> None:
+    """No output may be the importance matrix, nor a directory that holds it. Files are compared, not names.
+
+    Raises:
+        OutputError: one does.
+    """
+    if path is None or not os.path.exists(path):
+        return
+    for output in outputs:
+        if not output.exists():
+            continue
+        if output.samefile(path):
+            raise OutputError(f"{output} is the importance matrix; choose another output")
+        if any(output.samefile(p) for p in Path(path).resolve().parents):
+            raise OutputError(f"{output} holds the importance matrix {os.fspath(path)}; choose another output")
 
 
 def gguf_names(parameters: ParameterMap) -> dict[str, MappedTensor]:
@@ -49,17 +78,42 @@ def gguf_names(parameters: ParameterMap) -> dict[str, MappedTensor]:
     return names
 
 
-def write_importance(job: Job, path: str | os.PathLike[str], request: CalibrationRequest) -> ImportanceMatrix:
-    """Make the importance matrix of a job's source on a calibration text, and write it for `llama-quantize`.
+@public
+def write_importance(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    calib: str | os.PathLike[str] = "builtin",
+    calib_sequences: int = 128,
+    calib_length: int = 512,
+    seed: int = 0,
+    max_memory: str | None = None,
+    revision: str | None = None,
+    overwrite: bool = False,
+    progress: ProgressCallback | None = None,
+    cancel: CancelToken | None = None,
+) -> ImportanceMatrix:
+    """Run a model over a text and write how large the inputs of its matrices are, as `llama-imatrix` does.
+
+    `llama-quantize --imatrix` reads the file, and so does `convert`. Squares of what goes into each matrix are summed
+    by channel, for each expert by itself (source: `tools/imatrix/imatrix.cpp` in llama.cpp), with one block in memory.
 
     Args:
-        job: its source is read; nothing is converted.
-        path: of the file, in the old form where it ends in `.dat`.
+        source: a Hugging Face or MLX directory, a GGUF file, or a Hub id `org/name`.
+        output: the file to make: `.gguf`, or `.dat` for the form that older versions of llama.cpp read.
+        calib, calib_sequences, calib_length, seed, max_memory: the text, as in `convert`.
+        revision: branch, tag or commit of a Hub id.
+        overwrite: replace an existing importance matrix, and nothing else.
+        progress: called with `Progress` events, from this thread.
+        cancel: stops the work within one block.
+
+    Returns:
+        The matrix: `entries` by GGUF name, each with `sums` float32 `[experts or 1, K]` and `counts` of tokens.
 
     Raises:
-        CheckpointError: an architecture without a GGUF form.
+        CheckpointError: the source cannot be read, or its architecture has no GGUF form.
         CalibrationError: the text is unfit, or activations overflow.
-        OutputError: the file cannot be written.
+        OutputError: the file exists, is no importance matrix, or cannot be written.
     """
     from mlxq.calibration.collect import importance_matrix
     from mlxq.calibration.stream import BlockStream
@@ -67,21 +121,51 @@ def write_importance(job: Job, path: str | os.PathLike[str], request: Calibratio
     from mlxq.checkpoint.source import open_checkpoint
     from mlxq.conversion.calibrated import read_text
 
-    def report(done: int, total: int) -> None:
-        job.cancel.check()
-        if job.progress:
-            job.progress(Progress("calibrate", done, total, "blocks", "importance"))
+    cancel = cancel or CancelToken()
+    job = Job(source, output, revision, overwrite, False, False, None, progress, cancel)
+    # A quarter of the memory holds hidden states, as in a calibrated conversion.
+    room = size_in_bytes(max_memory) // 4 if max_memory else None
+    request = CalibrationRequest(os.fspath(calib), calib_sequences, calib_length, seed)
+    stage = _MatrixFile(job.path, overwrite=overwrite)
 
-    with open_checkpoint(job.source, job.revision, job.progress, accept=architecture_for) as checkpoint:
+    def report(done: int, total: int) -> None:
+        cancel.check()
+        if progress:
+            progress(Progress("calibrate", done, total, "blocks", "importance"))
+
+    with open_checkpoint(source, revision, progress, accept=architecture_for) as checkpoint:
+        refuse_source(stage.path, checkpoint)
         parameters = ParameterMap(checkpoint)
-        kinds = ("linear", "switch", "embedding")
-        names = {n: m.name for n, m in gguf_names(parameters).items() if parameters.tensors[n].module in kinds}
+        names = {n: m.name for n, m in gguf_names(parameters).items() if parameters.tensors[n].module in _COUNTED}
         text = read_text(job, parameters, request)
-        with BlockStream(parameters, text.sequences) as stream:
+        # Overflow is named where it shows.
+        with np.errstate(over="ignore", invalid="ignore"), BlockStream(parameters, text.sequences, room=room) as stream:
             length = text.sequences.shape[1]
             matrix = importance_matrix(stream, names, dataset=text.name, length=length, on_block=report)
-    matrix.write(path)
+    with stage:
+        stage.fill(lambda _: matrix.write(stage.staged))
+        stage.commit()
     return matrix
+
+
+class _MatrixFile(OutputFile):
+    """The place of an importance matrix: another file is not replaced."""
+
+    kind = "an importance matrix"
+
+    def __init__(self, path: Path, *, overwrite: bool):
+        if path.suffix not in _SUFFIXES:
+            raise OutputError(f"{path}: name it .gguf, or .dat for the form that older versions of llama.cpp read")
+        super().__init__(path, overwrite=overwrite)
+
+    def _is_of_kind(self) -> bool:
+        from mlxq.calibration.imatrix import ImportanceMatrix
+
+        try:
+            ImportanceMatrix.read(self.path)
+        except (FormatError, CheckpointError):
+            return False
+        return True
 
 
 def check_importance(

@@ -8,13 +8,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from mlxq.conversion.importance import refuse_importance
 from mlxq.conversion.job import ConversionResult, Job
 from mlxq.conversion.request import GGUF_SUFFIX, GgufRequest, is_gguf
 from mlxq.conversion.to_gguf import to_gguf
 from mlxq.conversion.to_mlx import to_mlx
 from mlxq.errors import OutputError, PlanError, VerificationError
 from mlxq.plan.planner import PlanOptions
-from mlxq.writers.output_file import OutputFile
+from mlxq.writers.output_file import OutputFile, kept
 
 
 def to_both(
@@ -26,10 +27,12 @@ def to_both(
 ) -> ConversionResult:
     """Quantize by the portable recipe, write both, and compare them tensor by tensor; see `mlxq.convert`.
 
-    The GGUF file is made from the directory while that is still staged, so its blocks are the directory's codes.
+    The GGUF file is made from the directory while that is still staged, so its blocks are the directory's codes. It
+    takes its place first; if the directory then cannot, what the file has replaced is put back.
 
     Raises:
         PlanError: not one directory and one `.gguf` file, or another recipe.
+        OutputError: one of the two cannot be written, or is the importance matrix.
         VerificationError: a weight differs between the two. Neither is left then.
     """
     files = [o for o in outputs if is_gguf(o)]
@@ -43,25 +46,31 @@ def to_both(
         raise PlanError("two outputs need --recipe portable: it alone chooses codes that both containers hold")
     first = replace(job, output=directories[0])
     second = replace(job, output=files[0], verify=False, on_plan=None, name=job.source)
+    beside = request.beside(second.path)
     if not job.dry_run:
+        refuse_importance(imatrix, first.path, second.path, *(second.path.with_name(name) for name in beside))
         # What is wrong with its place shows before any work.
-        OutputFile(second.path, overwrite=job.overwrite, beside=request.beside(second.path))
+        OutputFile(second.path, overwrite=job.overwrite, beside=beside)
         if second.path.resolve().is_relative_to(first.path.resolve()):
             raise OutputError(f"{second.path} lies in the directory {first.path} that is to be made")
     made: list[ConversionResult] = []
+    is_new = not os.path.lexists(second.path)
 
     def export(staged: Path, source: dict[str, Any]) -> None:
         of_stage = replace(second, source=staged, origin=source, options=asdict(options))
         made.append(to_gguf(of_stage, request, lambda file: _compare(staged, file, first, second)))
 
-    try:
-        result = to_mlx(first, options, imatrix, before_commit=export)
-    except BaseException:
-        if made and not job.overwrite:
-            for name in (second.path.name, *request.beside(second.path)):
-                (second.path.parent / name).unlink(missing_ok=True)
-        raise
-    return result if job.dry_run else replace(result, gguf=second.path, gguf_plan=made[0].plan)
+    if job.dry_run:
+        return to_mlx(first, options, imatrix)
+    with kept(second.path, beside):
+        try:
+            result = to_mlx(first, options, imatrix, before_commit=export)
+        except BaseException:
+            if made and is_new:
+                for name in (second.path.name, *beside):
+                    second.path.with_name(name).unlink(missing_ok=True)
+            raise
+    return replace(result, gguf=second.path, gguf_plan=made[0].plan)
 
 
 def _compare(staged: Path, file: Path, first: Job, second: Job) -> list[str]:

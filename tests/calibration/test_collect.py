@@ -16,15 +16,12 @@ import tiny
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration.collect import importance_matrix
-from mlxq.calibration.imatrix import ImportanceMatrix
+from mlxq.calibration.imatrix import ImportanceMatrix, Sums
 from mlxq.calibration.stream import BlockStream
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion import convert
 from mlxq.conversion.importance import gguf_names, write_importance
-from mlxq.conversion.job import Job
-from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CalibrationError
-from mlxq.types import CancelToken
 
 SEQUENCES = np.random.default_rng(5).integers(0, 101, (5, 13)).astype(np.int32)
 EPSILON = 1e-5
@@ -94,9 +91,8 @@ def test_llama_cpps_quantizer_takes_it(tmp_path: Path, suffix: str) -> None:
     libgguf = pytest.importorskip("libgguf", reason="libgguf, which reads importance matrices, is not installed")
     source = tiny.make_model(tmp_path / "source", hidden_size=256, intermediate_size=512)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    job = Job(source, None, None, False, False, False, None, None, CancelToken())
-    request = CalibrationRequest(str(tmp_path / "text.txt"), 8, 64)
-    written = write_importance(job, tmp_path / f"m.{suffix}", request)
+    options = {"calib": tmp_path / "text.txt", "calib_sequences": 8, "calib_length": 64}
+    written = write_importance(source, tmp_path / f"m.{suffix}", **options)
     read = libgguf.load_imatrix(tmp_path / f"m.{suffix}")
     assert set(read) == set(written.entries) == set(ImportanceMatrix.read(tmp_path / f"m.{suffix}").entries)
     assert len(read) == 2 * 7 + 1
@@ -122,10 +118,15 @@ def _errors(made: gguf.GGUFReader, exact: dict[str, Any], weights: dict[str, np.
 def test_our_reader_takes_it(tmp_path: Path) -> None:
     source = tiny.add_merge(tiny.make_model(tmp_path / "source", eos_token_id=257, bos_token_id=258))
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 40)
-    job = Job(source, None, None, False, False, False, None, None, CancelToken())
-    write_importance(job, tmp_path / "m.gguf", CalibrationRequest(str(tmp_path / "text.txt"), 8, 64))
+    write_importance(source, tmp_path / "m.gguf", calib=tmp_path / "text.txt", calib_sequences=8, calib_length=64)
     result = convert(source, tmp_path / "out.gguf", type="Q4_0", imatrix=tmp_path / "m.gguf", verify=False)
     # The embedding alone is looked up, and has no importance.
     assert [n for n in result.notes if "importance" in n] == [
         "one tensor has no importance in the matrix, so all their channels count alike: token_embd.weight"
     ]
+
+
+def test_experts_that_no_token_reached_are_counted() -> None:
+    seen = Sums(np.ones((2, 4), np.float32), np.ones(2, np.float32))
+    some = Sums(np.ones((3, 4), np.float32), np.array([0, 5, 0], np.float32))
+    assert ImportanceMatrix({"a": seen, "b": some}).unseen() == {"b": 2}
