@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mlxq.formats.geometry import BLOCK_FORMATS
-from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, TensorInfo
+from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorInfo
 
 
 def narrows(source: str, stored: str) -> bool:
@@ -40,6 +40,18 @@ def _beside(infos: list[TensorInfo]) -> str:
     if not kinds or any(i.dtype in BLOCK_FORMATS and i.dtype not in FLOAT_BYTES for i in infos):
         return "F16"
     return max(set(kinds), key=kinds.count)
+
+
+def scales_dtype(info: TensorInfo, spec: QuantSpec, dtype: str, asked: str | None) -> str:
+    """The float type of scales and biases in an affine grid: the model's.
+
+    Codes of another tool's format (GPTQ's, say) keep the one that alone holds their scales and biases exactly, unless
+    one is `asked` for: their weights stay those that the tool made.
+    """
+    foreign = info.dtype not in BLOCK_FORMATS and info.dtype != "AFFINE"
+    if asked is None and foreign and info.spec == spec and info.scales_dtype and narrows(info.scales_dtype, dtype):
+        return info.scales_dtype
+    return dtype
 
 
 def kept_dtype(info: TensorInfo, dtype: str, protected: frozenset[str]) -> tuple[str, str]:

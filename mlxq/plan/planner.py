@@ -12,6 +12,7 @@ from mlxq.plan import dtypes
 from mlxq.plan.methods import check_method
 from mlxq.plan.recipes import PORTABLE_GROUP, RECIPES, check_portable, recipe_bits
 from mlxq.plan.recoding import RECODINGS
+from mlxq.plan.remarks import remarks
 from mlxq.plan.roles import layer_index, module_path, role
 from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorInfo, TensorPlan
 
@@ -148,14 +149,16 @@ def make_plan(
             stored, why = dtypes.kept_dtype(info, dtype, cast_protected)
             plans.append(TensorPlan(info, "keep", None, stored, reason + why))
         else:
-            action, reason = _action(info, spec, dtype, reason)
-            scales = dtype if spec.mode == "affine" else "U8"
+            scales = dtypes.scales_dtype(info, spec, dtype, options.dtype) if spec.mode == "affine" else "U8"
+            action, reason = _action(info, spec, scales, reason)
+            if scales not in (dtype, "U8"):
+                reason += f", scales in {DTYPE_NAMES[scales]}: {DTYPE_NAMES[dtype]} would round them"
             plans.append(TensorPlan(info, action, spec, scales, reason, chooser.method))
     chooser.refuse_unmatched()
     if options.exact:
         for plan in plans:
             _refuse_lossy(plan)
-    return Plan(tuple(plans), dtype, dropped, exact=options.exact)
+    return Plan(tuple(plans), dtype, dropped, remarks(plans, dtype), exact=options.exact)
 
 
 class _Chooser:
@@ -198,7 +201,7 @@ class _Chooser:
         if info.spec is not None and (recoding is None or self.options.exact):
             return info.spec, "codes as in the source"
         if recoding is None:
-            return None, "float in the source"
+            return None, _why_float(info)
         reason = f"adds a relative error of about {recoding.added:.2g} to the {recoding.own:.2g} that the type has"
         return self._fit(info, recoding.spec, reason)
 
@@ -242,6 +245,14 @@ class _Chooser:
         if group_size != spec.group_size:
             reason += f"; group {group_size} because rows of {in_features} do not divide by {spec.group_size}"
         return QuantSpec(spec.bits, group_size), reason
+
+
+def _why_float(info: TensorInfo) -> str:
+    if info.dtype in FLOAT_BYTES:
+        return "float in the source"
+    if info.permuted_spec is not None:
+        return "its columns are out of order (act-order), which no MLX grid holds; --bits quantizes it anew"
+    return "no MLX grid holds its weights; --bits quantizes it anew"
 
 
 def _action(info: TensorInfo, spec: QuantSpec, dtype: str, reason: str) -> tuple[str, str]:
