@@ -155,6 +155,15 @@ def convert(
             rich_help_panel=BUDGET,
         ),
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="What each matrix gets: followed if it is there, else written, to be used again.",
+            show_default=False,
+            rich_help_panel=PLAN,
+        ),
+    ] = None,
     type: Annotated[
         str | None,
         typer.Option(
@@ -215,6 +224,7 @@ def convert(
             target_kl=target_kl,
             context=context,
             costs=costs,
+            plan=plan,
             pre=pre,
             modelfile=modelfile,
             revision=revision,

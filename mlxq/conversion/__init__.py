@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlxq.api import DEFAULT_CONTEXT, public
@@ -15,6 +16,7 @@ from mlxq.types import CancelToken, ProgressCallback
 
 if TYPE_CHECKING:
     from mlxq.conversion.budget import Known
+    from mlxq.conversion.plan_file import PlanFile
 
 __all__ = ["ConversionResult", "convert", "export"]
 
@@ -45,6 +47,7 @@ def convert(
     target_kl: float | None = None,
     context: int = DEFAULT_CONTEXT,
     costs: str | os.PathLike[str] | None = None,
+    plan: str | os.PathLike[str] | None = None,
     pre: str | None = None,
     modelfile: bool = False,
     revision: str | None = None,
@@ -89,6 +92,8 @@ def convert(
         context: tokens, for `fit`.
         costs: file of the measured costs: read if it is there, else written, to be used again. Without a budget they
             weight the tokens for `gptq`.
+        plan: file of what was chosen for each matrix: followed if it is there, else written, to be used again.
+            `tensor_types` and `keep` make exceptions.
         pre: llama.cpp's name for how the tokenizer splits text, where it cannot be found out.
         modelfile: write a `Modelfile` for Ollama beside the GGUF file.
         revision: branch, tag or commit of a Hub id.
@@ -108,6 +113,15 @@ def convert(
     budget = BudgetRequest(target_bpw, target_size, fit, context, costs, target_kl)
     if budget and imatrix is not None:
         raise PlanError("a budget measures on the calibration text what matters: leave --imatrix out")
+    outputs = list(output) or [None] if isinstance(output, (list, tuple)) else [output]
+    of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
+    given = next((name for name, value in of_gguf.items() if value is not None), None)
+    to_file = is_gguf(outputs[0]) or (outputs[0] is None and given is not None)
+    tensor_types, keep = _patterns(tensor_types), _patterns(keep)
+    saved = _saved(plan, to_file, budget)
+    if saved is not None:
+        type, method, on_plan = type or saved.type, method or saved.method, saved.checked(on_plan)
+        tensor_types, keep = (*saved.tensor_types, *tensor_types), (*saved.keep, *keep)
     if budget and method is None:
         method = "gptq"
     calibration = CalibrationRequest(
@@ -117,41 +131,65 @@ def convert(
         seed,
         max_memory=size_in_bytes(max_memory) if max_memory else None,
     )
-    outputs = list(output) or [None] if isinstance(output, (list, tuple)) else [output]
     job = Job(source, outputs[0], revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
     if len(outputs) > 1:
         _refuse({"--type": type, "--method": method}, "a GGUF file alone; the portable recipe takes --bits")
-        _refuse({"--costs": costs}, "an output of its own")
-        options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact, method)
+        _refuse({"--costs": costs, "--plan": plan}, "one output, not for the portable recipe's two")
+        options = PlanOptions(bits, group_size, recipe, tensor_types, keep, dtype, exact, method)
         request = GgufRequest(exact=True, pre=pre, modelfile=modelfile, as_stored=True)
         from mlxq.conversion.to_both import to_both
 
         return to_both(job, outputs, options, request, imatrix)
-    of_gguf = {"--type": type, "--imatrix": imatrix, "--pre": pre, "--modelfile": modelfile or None}
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
-    given = next((name for name, value in of_gguf.items() if value is not None), None)
-    if is_gguf(job.output) or (job.output is None and given):
+    if to_file:
         if recipe == "portable":
             raise PlanError("--recipe portable makes an MLX directory first: name that with an --output of its own")
         _refuse(of_mlx, "an MLX directory; a GGUF file takes --type and --tensor-type REGEX=TYPE")
         from mlxq.conversion.to_gguf import to_gguf
 
-        request = GgufRequest(type, _patterns(tensor_types), imatrix, exact, pre, modelfile, method=method)
+        request = GgufRequest(type, tensor_types, imatrix, exact, pre, modelfile, method=method)
 
         def file(job: Job, known: Known | None = None) -> ConversionResult:
             return to_gguf(job, request, calibration=calibration, budget=budget, known=known)
 
-        return _made(job, file, budget, calibration, request.beside(job.path) if output else ())
+        result = _made(job, file, budget, calibration, request.beside(job.path) if output else ())
+        return _with_plan_kept(result, plan, saved)
     if recipe == "portable":
         del of_gguf["--imatrix"]
     _refuse(of_gguf, "a GGUF file: give --output a name that ends in .gguf")
-    options = PlanOptions(bits, group_size, recipe, _patterns(tensor_types), _patterns(keep), dtype, exact, method)
+    options = PlanOptions(bits, group_size, recipe, tensor_types, keep, dtype, exact, method)
     from mlxq.conversion.to_mlx import to_mlx
 
     def directory(job: Job, known: Known | None = None) -> ConversionResult:
         return to_mlx(job, options, imatrix, calibration, budget, known=known)
 
-    return _made(job, directory, budget, calibration)
+    return _with_plan_kept(_made(job, directory, budget, calibration), plan, saved)
+
+
+def _saved(path: str | os.PathLike[str] | None, to_file: bool, budget: BudgetRequest) -> PlanFile | None:
+    """What a file of choices says; None where there is none yet."""
+    if path is None or not Path(path).expanduser().exists():
+        return None
+    from mlxq.conversion.plan_file import GGUF, MLX, PlanFile
+
+    if budget:
+        raise PlanError(
+            f"{os.fspath(path)}: says already what each matrix gets: leave the budget out, or name a new file"
+        )
+    saved = PlanFile.read(Path(path).expanduser())
+    saved.check_kind(GGUF if to_file else MLX)
+    return saved
+
+
+def _with_plan_kept(
+    result: ConversionResult, path: str | os.PathLike[str] | None, saved: PlanFile | None
+) -> ConversionResult:
+    """The result, when what was chosen is in the file."""
+    if path is not None and saved is None:
+        from mlxq.conversion.plan_file import write_plan
+
+        write_plan(Path(path).expanduser(), result.plan, result.stored_names)
+    return result
 
 
 def _made(

@@ -77,6 +77,8 @@ def to_gguf(
         known.prepare(job, parameters, plan, calibration, budget)
         stored_names = {name: mapped.name for name, mapped in names.items()}
         if budget:
+            # What is said of types that do not fit rows is of the types that are replaced.
+            plan = dataclasses.replace(plan, notes=())
             beside = bytes_beside(metadata, plan, stored_names, rope)
             plan = known.within_budget(plan, budget, checkpoint.config, beside)
             plan = with_nearest_file_type(plan, stored_names, model)
