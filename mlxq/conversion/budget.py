@@ -22,6 +22,7 @@ from mlxq.conversion.job import Job
 from mlxq.conversion.request import BudgetRequest, CalibrationRequest, size_in_bytes
 from mlxq.errors import PlanError
 from mlxq.plan.budget import Option, allocate, is_matrix_to_quantize
+from mlxq.plan.methods import FEEDBACK
 from mlxq.plan.planner import Plan, planned_bytes
 from mlxq.types import TensorPlan
 
@@ -146,8 +147,8 @@ class Known:
             CalibrationError: the text is unfit, or activations are not finite.
         """
         is_costed = bool(budget) or budget.costs is not None
-        if is_costed and not budget and not any(p.method == "gptq" for p in plan.tensors):
-            raise PlanError("--costs is for a budget, or for --method gptq, which weights tokens by what was measured")
+        if is_costed and not budget and not any(p.method in FEEDBACK for p in plan.tensors):
+            raise PlanError("--costs is for a budget, or for error feedback (--method gptq), whose tokens it weights")
         if self.text is None and (is_costed or is_needed(plan)):
             self.text = read_text(job, parameters, calibration)
         if self.costs is None and is_costed:
