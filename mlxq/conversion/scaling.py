@@ -67,6 +67,8 @@ class Scaling:
         """In how many of the places that were tried channels are scaled."""
         if not any(p.method in SCALING for p in self.matrices.plans.values()):
             return []
+        if not self._places:
+            return ["no channels are scaled: no place is known where this model allows that"]
         refused = [name for name, is_scaled in self._places.items() if is_scaled is None]
         n, done = len(self._places) - len(refused), sum(map(bool, self._places.values()))
         notes = [f"channels are scaled in {done} of {n} places where that changes nothing but what rounding costs"]
