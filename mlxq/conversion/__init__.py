@@ -78,8 +78,9 @@ def convert(
             recipe's.
         exact: refuse whatever would change a decoded weight.
         method: how codes are chosen: `rtn` (round to nearest, the default), or by what a calibration text sends into
-            each layer: `search` (scale and bias of each group) or `gptq` (searched grids with error feedback; the
-            default with a budget).
+            each layer: `search` (scale and bias of each group), `gptq` (searched grids with error feedback; the
+            default with a budget), or `awq` and `awq+gptq` (the same two after channels are scaled where that changes
+            nothing but what rounding costs; norms and biases change with them).
         calib: calibration text: `builtin`, `self` (the model writes it), or a file of text or JSON lines.
         calib_sequences, calib_length: how much of it is read, and in sequences of how many tokens.
         seed: of what is drawn: the model's own text, and the tokens that sensitivities are measured with.
