@@ -168,6 +168,10 @@ class ParameterMap:
         """Codes and grid of a parameter whose `TensorInfo.spec` is set."""
         return self.checkpoint.read_quantized(self._direct[name], rows)
 
+    def read_order(self, name: str) -> np.ndarray:
+        """Order of the columns of a parameter whose `TensorInfo.permuted_spec` is set (see `Checkpoint.read_order`)."""
+        return self.checkpoint.read_order(self._direct[name])
+
     def read_blocks(self, name: str, rows: slice | None = None) -> np.ndarray:
         """Blocks of a parameter that a GGUF file holds as such (see `Checkpoint.read_blocks`)."""
         return self.checkpoint.read_blocks(self._direct[name], rows)

@@ -124,6 +124,21 @@ class QuantizedLinear(_Quantized, nn.QuantizedLinear):
         return y + self["bias"] if "bias" in self else y
 
 
+class PermutedLinear(QuantizedLinear):
+    """A `QuantizedLinear` whose columns are in another order: column k multiplies column `order[k]` of x.
+
+    GPTQ's act-order makes such: groups are contiguous only once the columns are sorted.
+    """
+
+    def __init__(self, layer: nn.Linear, spec: QuantSpec, dtype: mx.Dtype):
+        super().__init__(layer, spec, dtype)
+        self.order = mx.zeros((layer.weight.shape[-1],), mx.int32)
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return super().__call__(mx.take(x, self["order"], axis=-1))
+
+
 class QuantizedEmbedding(_Quantized, nn.QuantizedEmbedding):
     """Rows of a quantized matrix `[num_embeddings, dims]`; they come out in the dtype of its scales, of a float mode in
     `compute_dtype`, bfloat16 where that is not set."""
@@ -289,6 +304,8 @@ def _replacement(layer: nn.Module, info: TensorInfo, compact: bool) -> nn.Module
             spec = info.spec
             return layer.to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
         return ours.quantized(layer, info.spec, _FLOATS[info.scales_dtype or "F16"])
+    if info.permuted_spec is not None and type(layer) is nn.Linear:
+        return PermutedLinear(layer, info.permuted_spec, _FLOATS[info.scales_dtype or "F16"])
     if ours is None:
         return layer
     new = ours.plain.__new__(ours.plain)

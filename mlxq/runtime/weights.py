@@ -22,7 +22,7 @@ from mlxq.architectures.parameters import ParameterMap
 from mlxq.errors import CheckpointError
 from mlxq.formats.floats import all_finite
 from mlxq.runtime.layers import BlockEmbedding, BlockLayer, Embedding, QuantizedEmbedding, keeps_blocks
-from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, TensorInfo
+from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, CancelToken, Progress, ProgressCallback, TensorInfo
 
 #: Weights decoded at a time.
 _CHUNK = 1 << 22
@@ -46,17 +46,30 @@ def default_compute_dtype(parameter_map: ParameterMap) -> mx.Dtype | None:
     included: its decoded weights stay exact, and nothing overflows. Matrices that stay in their blocks have no scales
     but those that a kernel decodes in float32: a file that has nothing else is computed in bfloat16.
 
+    A model that another tool quantized (GPTQ, say) is computed in its own dtype where that holds all scales and biases
+    exactly, else in float32, too.
+
     Called after `layers.install_layers`, which decides what stays in blocks.
     """
     if not on_accelerator():
         return mx.float32
     checkpoint = parameter_map.checkpoint
     if checkpoint.kind != "gguf":
-        return None
+        return _dtype_of_packed(parameter_map) if checkpoint.kind == "huggingface" else None
     dtype = _DTYPES.get(checkpoint.config.get("torch_dtype"), mx.float32)
     blocks = _block_weights(parameter_map.model, "")
     quantized = any(i.spec is not None and i.name not in blocks for i in parameter_map.tensors.values())
     return mx.float32 if dtype == mx.bfloat16 and quantized else dtype
+
+
+def _dtype_of_packed(parameter_map: ParameterMap) -> mx.Dtype | None:
+    """The dtype that keeps a source's grids exact, None where it has no grids: see `default_compute_dtype`."""
+    grids = [i for i in parameter_map.tensors.values() if i.spec is not None or i.permuted_spec is not None]
+    if not grids:
+        return None
+    dtype = parameter_map.checkpoint.config.get("torch_dtype", "float16")
+    exact = all(i.scales_dtype is None or DTYPE_NAMES[i.scales_dtype] == dtype for i in grids)
+    return _DTYPES.get(dtype, mx.float32) if exact else mx.float32
 
 
 def is_float32(dtype: mx.Dtype | None) -> bool:
@@ -105,7 +118,8 @@ def load_parameters(
         if info.name in in_blocks:
             arrays = {info.name: mx.array(parameter_map.read_blocks(info.name))}
         else:
-            arrays = _arrays(info, parameter_map, dtype, widen)
+            permuted = f"{info.name.rpartition('.')[0]}.order" in wanted
+            arrays = _arrays(info, parameter_map, dtype, widen, permuted)
         wanted -= arrays.keys()
         mx.eval(list(arrays.values()))
         module.load_weights([(name[len(start) :], a) for name, a in arrays.items()], strict=False)
@@ -133,7 +147,7 @@ def release_parameters(module: nn.Module) -> None:
 
 def matrix_size(parameter_map: ParameterMap) -> int:
     """Number of weights in float matrices, which `widen` would store as float32."""
-    floats = (i for i in parameter_map.tensors.values() if i.spec is None and not keeps_blocks(i))
+    floats = (i for i in parameter_map.tensors.values() if not (i.spec or i.permuted_spec or keeps_blocks(i)))
     return sum(i.size for i in floats if i.module in _MATRIX_KINDS)
 
 
@@ -143,14 +157,17 @@ def _block_weights(module: nn.Module, prefix: str) -> set[str]:
     return {".".join(filter(None, (prefix, path, "weight"))) for path in kept}
 
 
-def _arrays(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, widen: bool) -> dict[str, mx.array]:
-    if info.spec is not None:
+def _arrays(
+    info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, widen: bool, permuted: bool
+) -> dict[str, mx.array]:
+    path = info.name.rpartition(".")[0]
+    if info.spec is not None or permuted:
         q = source.read_quantized(info.name)
-        path = info.name.rpartition(".")[0]
         if q.biases is None:
             return {info.name: mx.array(q.w_q), f"{path}.scales": mx.array(q.scales)}
         scales, biases = (to_mlx(a, dtype) for a in (q.scales, q.biases))
-        return {info.name: mx.array(q.w_q), f"{path}.scales": scales, f"{path}.biases": biases}
+        order = {f"{path}.order": mx.array(source.read_order(info.name))} if permuted else {}
+        return {info.name: mx.array(q.w_q), f"{path}.scales": scales, f"{path}.biases": biases} | order
     if info.module in _MATRIX_KINDS and not widen and info.dtype != "F32":
         dtype = None if is_float32(dtype) else dtype
         if info.dtype not in FLOAT_BYTES:
@@ -159,7 +176,7 @@ def _arrays(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, wide
 
 
 def _decoded(info: TensorInfo, source: ParameterMap) -> np.ndarray:
-    """A matrix of ggml blocks as float16, decoded some rows at a time; as float32 where float16 cannot hold it."""
+    """A matrix without a grid (of ggml blocks, say) as float16, decoded by rows; as float32 where float16 cannot hold it."""
     out = np.empty(info.shape, np.float16)
     for rows in info.row_ranges(_CHUNK):
         with np.errstate(over="ignore"):
