@@ -3,7 +3,8 @@
 mlx-lm's models know how to rename, stack or drop the tensors of a Hugging Face checkpoint (`Model.sanitize`).
 That function is run once over placeholders that hold shapes alone. What comes out as the very object that went in
 is a plain (renamed) tensor and streams by rows; what was computed (stacked experts, say) is made when it is asked for,
-by running `sanitize` again with the real arrays of the tensors that it depends on.
+by running `sanitize` again with the real arrays of the tensors that it depends on. Stacks of packed tensors (experts
+that another tool quantized) are put together here instead, and keep their codes (`stacks`).
 
 `sanitize` may also change the model (drop the head of a tied one, say), so every run of it has a model of its own, and
 the parameters that a model wants are known only afterwards.
@@ -19,6 +20,7 @@ import numpy as np
 
 from mlxq.architectures.graph import dependencies
 from mlxq.architectures.registry import build_model
+from mlxq.architectures.stacks import find_stacks, stack_quantized, stacked_info
 from mlxq.checkpoint.base import Checkpoint
 from mlxq.errors import CheckpointError
 from mlxq.ops.threads import in_own_thread
@@ -74,6 +76,9 @@ class ParameterMap:
             kind = self.checkpoint.config.get("model_type")
             raise CheckpointError(f"{self.checkpoint.path}: not a complete {kind} checkpoint: {what}") from e
 
+    def _sanitize_anew(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        return self._sanitize(build_model(self.checkpoint.config), arrays)
+
     def _make_placeholders(self) -> dict[str, Any]:
         """For each source tensor an array of its shape and dtype that takes no memory: one zero, seen many times.
 
@@ -99,10 +104,16 @@ class ParameterMap:
         computed = {name: array for name, array in outputs.items() if id(array) not in sources}
         self._direct = {name: sources[id(array)] for name, array in outputs.items() if name not in computed}
         self._computed = dependencies(computed, self._placeholders)
+        stored = self.checkpoint.tensors
+        self._stacks = find_stacks(self._sanitize_anew, self._placeholders, stored, self._computed)
+        self._computed = {n: parts for n, parts in self._computed.items() if n not in self._stacks}
         infos: dict[str, TensorInfo] = {}
         for name, array in outputs.items():
             if name in self._direct:
                 infos[name] = dataclasses.replace(self.checkpoint.tensors[self._direct[name]], name=name)
+                continue
+            if name in self._stacks:
+                infos[name] = stacked_info(name, [stored[part] for part in self._stacks[name]])
                 continue
             if not self._computed[name]:
                 raise CheckpointError(
@@ -112,7 +123,7 @@ class ParameterMap:
             dtype = {"float16": "F16", "bfloat16": "BF16"}.get(str(array.dtype).rpartition(".")[2], "F32")
             infos[name] = TensorInfo(name, tuple(array.shape), dtype, array.size * FLOAT_BYTES[dtype])
         self.tensors = infos
-        used = set(self._direct.values()).union(*self._computed.values())
+        used = set(self._direct.values()).union(*self._computed.values(), *self._stacks.values())
         self.dropped = tuple(n for n in self.checkpoint.tensors if n not in used)
 
     def _check(self) -> None:
@@ -157,6 +168,8 @@ class ParameterMap:
         """Values of a parameter as `Checkpoint.read` gives them, in the parameter's own name and shape."""
         if name in self._direct:
             return self.checkpoint.read(self._direct[name], rows)
+        if name in self._stacks:
+            return np.stack([self.checkpoint.read(part) for part in self._stacks[name][rows or slice(None)]])
         array = self._compute(name)
         return array if rows is None else array[rows].copy()
 
@@ -166,6 +179,9 @@ class ParameterMap:
 
     def read_quantized(self, name: str, rows: slice | None = None) -> QuantizedTensor:
         """Codes and grid of a parameter whose `TensorInfo.spec` is set."""
+        if name in self._stacks:
+            parts = self._stacks[name][rows or slice(None)]
+            return stack_quantized([self.checkpoint.read_quantized(part) for part in parts])
         return self.checkpoint.read_quantized(self._direct[name], rows)
 
     def read_order(self, name: str) -> np.ndarray:
@@ -192,7 +208,7 @@ class ParameterMap:
         import mlx.core as mx
 
         real = {source: self._load(self.checkpoint.tensors[source]) for source in self._computed[name]}
-        array = self._sanitize(build_model(self.checkpoint.config), self._placeholders | real)[name]
+        array = self._sanitize_anew(self._placeholders | real)[name]
         del real
         array = mx.contiguous(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
         mx.eval(array)
