@@ -135,6 +135,9 @@ def _as_stored(source: GgufSource, overrides: Overrides) -> TensorPlan:
         return _plan(source, info.dtype, "as in the source")
     if source.exact_types:
         return _plan(source, source.exact_types[0], f"holds the {info.spec} codes exactly")
+    if info.permuted_spec is not None:
+        why = "its columns are out of order (act-order), which no ggml type holds; --type quantizes it anew"
+        return _plan(source, "F16", why)
     if info.spec is None or info.spec.mode != "affine":
         return _plan(source, _NEAREST_TO_FLOATS, f"no ggml type holds {info.dtype} exactly")
     name, _ = _NEAREST[info.spec.bits]
