@@ -12,6 +12,7 @@ from mlxq.checkpoint.base import Checkpoint
 from mlxq.checkpoint.config import context_length
 from mlxq.checkpoint.source import open_checkpoint, resolve
 from mlxq.errors import CheckpointError
+from mlxq.formats.geometry import BLOCK_FORMATS
 from mlxq.types import FLOAT_BYTES, TensorInfo
 
 
@@ -140,7 +141,10 @@ def _natural(name: str) -> list[tuple[int, str]]:
 def _format(info: TensorInfo) -> str:
     if info.dtype == "AFFINE" and info.spec is not None:
         return f"{info.spec}, {info.scales_dtype} scales"
-    return info.dtype
+    grid = info.spec or info.permuted_spec
+    if grid is None or grid.mode != "affine" or info.dtype in BLOCK_FORMATS:
+        return info.dtype
+    return f"{info.dtype}, {grid}" + (", columns out of order" if info.permuted_spec else "")
 
 
 def _formats(infos: list[TensorInfo]) -> tuple[FormatSummary, ...]:

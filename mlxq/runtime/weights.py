@@ -176,7 +176,7 @@ def _arrays(
 
 
 def _decoded(info: TensorInfo, source: ParameterMap) -> np.ndarray:
-    """A matrix without a grid (of ggml blocks, say) as float16, some rows at a time; float32 where that cannot hold it."""
+    """A matrix without a grid (ggml blocks, say) as float16, some rows at a time; float32 where that cannot hold it."""
     out = np.empty(info.shape, np.float16)
     for rows in info.row_ranges(_CHUNK):
         with np.errstate(over="ignore"):
