@@ -183,7 +183,7 @@ def test_quantized_by_others_is_refused_before_the_weights_are_opened(tmp_path):
 def test_model_optimizer_settings_beside_the_config(model):
     write_safetensors(model / "model.safetensors", {"a.weight": floats(2, 2)})
     (model / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "W2A2"}}))
-    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json.*modelopt"):
+    with pytest.raises(CheckpointError, match=r"hf_quant_config\.json.*ModelOpt's 'W2A2'"):
         open_checkpoint(model)
 
 

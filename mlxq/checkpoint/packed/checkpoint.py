@@ -45,12 +45,16 @@ class PackedCheckpoint(SafetensorsDirectory):
         self.tensors = self._logical()
 
     def _logical(self) -> dict[str, TensorInfo]:
-        """In the order of the files, a packed tensor where its first part lies."""
-        owner = {part: packed for packed in self._packed.values() for part in packed.parts}
+        """In the order of the files, a packed tensor where its first part lies; a part may belong to several."""
+        owners: dict[str, list[Packed]] = {}
+        for packed in self._packed.values():
+            for part in packed.parts:
+                owners.setdefault(part, []).append(packed)
         tensors: dict[str, TensorInfo] = {}
         for name, entry in self._stored.tensors.items():
-            info = owner[name].info if name in owner else self._float_info(name, entry)
-            tensors.setdefault(info.name, info)
+            infos = [p.info for p in owners[name]] if name in owners else [self._float_info(name, entry)]
+            for info in infos:
+                tensors.setdefault(info.name, info)
         return tensors
 
     def read(self, name: str, rows: slice | None = None) -> np.ndarray:
