@@ -79,7 +79,8 @@ class TensorPlan:
     `spec` is the grid it gets in an MLX directory, else None. `dtype` is what is stored: with a spec the float type of
     scales and biases (`U8` in a float mode); without, the float type of the tensor, or in a GGUF file its ggml type.
     `method` says how codes are chosen where they are not taken over: `rtn` rounds to nearest, `portable` searches those
-    that ggml's blocks hold too, the others look at what a calibration text sends into the layer.
+    that ggml's blocks hold too, the others look at what a calibration text sends into the layer. `scaled` tensors are
+    not the source's: their channels are scaled, together with those of others, such that the model is the same.
     """
 
     info: TensorInfo
@@ -88,6 +89,7 @@ class TensorPlan:
     dtype: str
     reason: str
     method: Method = "rtn"
+    scaled: bool = False
 
 
 @dataclass(frozen=True)

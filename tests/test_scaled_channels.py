@@ -22,6 +22,7 @@ from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion import code_store, convert, scaling
 from mlxq.conversion.calibration import Calibration
 from mlxq.conversion.folding import FoldedParameters, proven
+from mlxq.evaluate import verify
 from mlxq.plan.folds import folds_of
 from mlxq.plan.planner import PlanOptions, make_plan
 from mlxq.runtime.layers import install_layers
@@ -218,7 +219,7 @@ def test_stock_mlx_lm_computes_the_same_function(
     before, plain, scaled = (by_stock_mlx_lm(tmp_path / d) for d in ("source", "plain", "scaled"))
     lost = [float(np.median(np.square(a - before).mean(axis=-1))) for a in (plain, scaled)]
     assert lost[1] < 4 * lost[0] < 0.01 * np.square(before).mean()
-    norms = [p for p in result.plan.tensors if "scaled together with" in p.reason]
+    norms = [p for p in result.plan.tensors if p.scaled and p.spec is None]
     assert {p.action for p in norms} == {"keep"}
     stored = mx.load(str(tmp_path / "scaled" / "model.safetensors"))
     original = mx.load(str(source / "model.safetensors"))
@@ -324,3 +325,24 @@ def test_models_without_such_places_are_said(tmp_path: Path, text: Path, monkeyp
 def _quiet() -> Iterator[None]:
     with np.errstate(all="ignore"):
         yield
+
+
+@pytest.mark.parametrize("suffix", ["", pytest.param(".gguf", marks=pytest.mark.slow)])
+def test_a_scaled_result_verifies_later_on(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Where tensors are looked at one by one; those that are scaled are not the source's."""
+    monkeypatch.setattr(verify, "suspicious_kl", lambda *a: 0.0)
+    source = make(tmp_path / "source")
+    if suffix:
+        text = tmp_path / "text.txt"
+        text.write_text(WORDS * 60)
+        tiny.add_merge(source)
+    any_scales(monkeypatch)
+    asked = {"type": "Q8_0", "pre": "gpt-2"} if suffix else {"bits": 8}
+    result = run(source, tmp_path / f"out{suffix}", text, method="awq", **asked)
+    with open_checkpoint(source) as checkpoint:
+        verified = verify.verify(checkpoint, result.path)
+    assert verified.passed, verified.failure
+    n = sum(p.scaled for p in result.plan.tensors)
+    assert any(f"{n} tensors are scaled" in note for note in verified.notes)

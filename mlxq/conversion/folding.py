@@ -150,14 +150,14 @@ class FoldedParameters:
         self._offsets.pop(fold.made_by, None)
 
     def explained(self, plan: Plan) -> Plan:
-        """The plan, with what is scaled said in the reasons of what stays float."""
-        tensors = [
-            dataclasses.replace(p, reason=f"{p.reason}; scaled together with the matrices that it goes into")
-            if p.info.name in self._rows and p.action == "keep"
-            else p
+        """The plan, with what is scaled marked, and said in its reasons."""
+        said = dict.fromkeys(self._columns, "scaled together with what makes its input")
+        said |= dict.fromkeys(self._rows, "scaled together with the matrices that it goes into")
+        tensors = tuple(
+            dataclasses.replace(p, scaled=True, reason=f"{p.reason}; {said[p.info.name]}") if p.info.name in said else p
             for p in plan.tensors
-        ]
-        return dataclasses.replace(plan, tensors=tuple(tensors))
+        )
+        return dataclasses.replace(plan, tensors=tensors)
 
     def put(self, block: Block, names: Sequence[str]) -> None:
         """Let a block compute with these parameters as they are read here, in float32."""

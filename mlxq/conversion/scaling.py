@@ -146,7 +146,8 @@ def best_scales(fold: Fold, offset: float, seen: Observations, matrices: Matrice
     curvature = None if of_stack else next((s.curvature for s in samples if len(s.moments.counts) == 1), None)
     least, best = (1 - _LEAST_GAIN) * _error(samples, None, matrices), None
     for s in awq.candidates(inputs, weights, curvature):
-        s = matrices.folded.settled(fold, fold.gathered(s), offset)
+        s = fold.gathered(s)
+        s = matrices.folded.settled(fold, s / np.exp(np.log(s).mean(axis=-1, keepdims=True)), offset)
         error = _error(samples, fold.spread(s), matrices)
         if error < least:
             least, best = error, s

@@ -30,6 +30,7 @@ from mlxq.evaluate.tensors import TensorError, not_finite, same_format, tensor_e
 from mlxq.evaluate.texts import MAX_TOKENS, token_sequences
 from mlxq.evaluate.verdict import NAMED, config_difference, failure, remarks
 from mlxq.types import FLOAT_BYTES, CancelToken, Progress, ProgressCallback, TensorInfo
+from mlxq.writers.manifest import scaled_tensors
 
 #: Logits of one model that are computed at a time (32 MB in float32), but at least so many rows: the head is decoded
 #: once for each chunk.
@@ -147,6 +148,10 @@ def verify(
         # where the text does not reach it.
         suspicious = not divergence.kl <= suspicious_kl(tensors, exact) or bool(not_finite(result, cancel))
         errors = tensor_errors(scaled or parameters, result, cancel) if suspicious else []
+        unlike = frozenset() if scaled is not None else scaled_tensors(checkpoint.path)
+        errors = [e for e in errors if e.name not in unlike]
+        if suspicious and unlike:
+            notes += (f"{len(unlike)} tensors are scaled in the result, and were not compared one by one",)
         vocabulary = vocabulary_size(parameters.checkpoint.config)
         predicts = better_than_chance(divergence.nll_source, vocabulary)
         bound = kl_bound(tensors, exact, predicts=predicts)

@@ -7,6 +7,7 @@ import math
 import platform
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import mlxq
@@ -42,8 +43,8 @@ def manifest_json(
     """The manifest's bytes. It holds no times and no paths of the machine, so equal inputs give equal bytes.
 
     `errors` are the relative RMSEs that writing a tensor was measured to cause, by its name. Where there is none,
-    a repacked or kept tensor is what it was in the source; a quantized one is not measured here. `stored_names` are
-    the tensors' names in the file where those are not the parameters' names.
+    a repacked or kept tensor is what it was in the source, unless it is scaled; a quantized one is not measured here.
+    `stored_names` are the tensors' names in the file where those are not the parameters' names.
     """
     content = {
         "schema": SCHEMA,
@@ -67,11 +68,22 @@ def manifest_json(
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
+def scaled_tensors(result: Path) -> frozenset[str]:
+    """Parameters of a directory or GGUF file that are scaled, as its manifest says; none where there is no manifest."""
+    path = result / NAME if result.is_dir() else result.with_name(f"{result.stem}.{NAME}")
+    try:
+        return frozenset(t["name"] for t in json.loads(path.read_text(encoding="utf-8"))["tensors"] if t.get("scaled"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return frozenset()
+
+
 def _tensor(p: TensorPlan, nbytes: int, error: float | None) -> dict[str, Any]:
     out: dict[str, Any] = {"shape": list(p.info.shape), "from": p.info.dtype, "action": p.action}
     if p.spec:
         out |= {"bits": p.spec.bits, "group_size": p.spec.group_size, "mode": p.spec.mode}
     out |= {"dtype": p.dtype, "bytes": nbytes, "reason": p.reason}
+    if p.scaled:
+        return out | {"scaled": True}
     if p.action in ("repack", "keep"):
         error = error or 0.0
     # Infinite where all weights were 0 and are not any more; JSON has no word for that.
