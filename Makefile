@@ -5,7 +5,7 @@ CACHE ?= .cache
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-quick clang lint format bench clean
+.PHONY: demo test test-quick clang lint format bench bench-quality clean
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mlxq needs Python 3.10 or later: make PYTHON=python3.12 ...")'
@@ -55,6 +55,13 @@ bench: $(STAMP)
 	$(BIN)/python bench/gguf_files.py $(CACHE)/reference --gguf $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf
 	$(BIN)/python bench/encoders.py $(CACHE)/reference
 	$(BIN)/python bench/quality_gguf.py $(CACHE)/reference
+
+# Calibration against its peers, which takes an hour or more; interrupted, it goes on where it was. TEXT is a file, or python;
+# QUALITY holds further options: --only, --calib, --width, --seed, --with-gptq.
+TEXT ?= python
+bench-quality: $(STAMP)
+	$(BIN)/python examples/fetch_smollm2.py $(CACHE)
+	$(BIN)/python bench/quality_calibrated.py $(CACHE)/SmolLM2-135M-Instruct.Q4_1.gguf --text $(TEXT) --scratch $(CACHE)/quality $(QUALITY)
 
 clean:
 	rm -rf $(VENV) $(CACHE)/metal_on_cpu build dist demo *.egg-info
