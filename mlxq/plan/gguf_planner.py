@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 
 from mlxq.errors import PlanError
 from mlxq.formats.geometry import BLOCK_FORMATS
+from mlxq.formats.superblocks import SUPER_BLOCK
 from mlxq.plan.gguf_file_types import FILE_TYPES, file_type
 from mlxq.plan.gguf_mixes import GgufModel, GgufTensorPlan, bpw, gguf_types, stays_float
 from mlxq.plan.gguf_overrides import Overrides
 from mlxq.plan.methods import check_method
 from mlxq.plan.planner import Plan
+from mlxq.plan.recoding import recoding_of
 from mlxq.types import FLOAT_BYTES, Method, TensorInfo, TensorPlan
 
 #: File type of a float model when none is asked for: the usual compromise.
@@ -19,8 +21,6 @@ DEFAULT_FILE_TYPE = "Q4_K_M"
 #: Type for codes of these bits where no block type holds their grid exactly, and whether the codes stay.
 _NEAREST = {2: ("Q4_1", True), 3: ("Q4_1", True), 4: ("Q4_1", True), 5: ("Q5_1", True), 6: ("Q8_0", False)}
 _NEAREST |= {8: ("Q8_0", False)}
-#: Type for weights in other tools' formats that no block type holds: it adds less than any of them has lost.
-_NEAREST_TO_FLOATS = "Q8_0"
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def make_gguf_plan(
         wanted = DEFAULT_FILE_TYPE
     if wanted is None:
         overrides = Overrides(options.tensor_types)
-        plans = [_as_stored(s, overrides) for s in sources]
+        plans = [_as_stored(s, overrides, options.exact) for s in sources]
         overrides.refuse_unmatched()
     else:
         shapes = [(s.name, s.info.shape) for s in sources]
@@ -123,7 +123,7 @@ def _is_quantized(info: TensorInfo) -> bool:
     return info.spec is not None or info.dtype not in FLOAT_BYTES
 
 
-def _as_stored(source: GgufSource, overrides: Overrides) -> TensorPlan:
+def _as_stored(source: GgufSource, overrides: Overrides, exact: bool) -> TensorPlan:
     info = source.info
     kept = stays_float(source.name, info.shape)
     asked = overrides.find(source.name, kept)
@@ -139,9 +139,18 @@ def _as_stored(source: GgufSource, overrides: Overrides) -> TensorPlan:
         why = "its columns are out of order (act-order), which no ggml type holds; --type quantizes it anew"
         return _plan(source, "F16", why)
     if info.spec is None or info.spec.mode != "affine":
-        return _plan(source, _NEAREST_TO_FLOATS, f"no ggml type holds {info.dtype} exactly")
+        return _plan(source, _nearest_to_floats(info, exact), f"no ggml type holds {info.dtype} exactly")
     name, _ = _NEAREST[info.spec.bits]
     return _plan(source, name, f"no ggml type holds this {info.spec} grid exactly")
+
+
+def _nearest_to_floats(info: TensorInfo, exact: bool) -> str:
+    """The type of floats under scales: one that adds much less than they have lost, or if `exact` floats again."""
+    if exact:
+        return "BF16" if info.spec is not None else "F32"
+    recoding = recoding_of(info)
+    fits = recoding is not None and recoding.spec.bits < 8 and info.shape[-1] % SUPER_BLOCK == 0
+    return "Q6_K" if fits else "Q8_0"
 
 
 def _plan(source: GgufSource, type_name: str, reason: str) -> TensorPlan:

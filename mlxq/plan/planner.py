@@ -11,7 +11,7 @@ from mlxq.formats import geometry
 from mlxq.plan import dtypes
 from mlxq.plan.methods import check_method
 from mlxq.plan.recipes import PORTABLE_GROUP, RECIPES, check_portable, recipe_bits
-from mlxq.plan.recoding import RECODINGS
+from mlxq.plan.recoding import FOREIGN, recoding_of
 from mlxq.plan.remarks import remarks
 from mlxq.plan.roles import layer_index, module_path, role
 from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantSpec, TensorInfo, TensorPlan
@@ -197,10 +197,10 @@ class _Chooser:
         return self._fit(info, QuantSpec(bits, base.group_size), reason)
 
     def _as_stored(self, info: TensorInfo) -> tuple[QuantSpec | None, str]:
-        recoding = RECODINGS.get(info.dtype)
+        recoding = recoding_of(info)
         if info.spec is not None and (recoding is None or self.options.exact):
             return info.spec, "codes as in the source"
-        if recoding is None:
+        if recoding is None or (self.options.exact and info.dtype in FOREIGN):
             return None, _why_float(info)
         reason = f"adds a relative error of about {recoding.added:.2g} to the {recoding.own:.2g} that the type has"
         return self._fit(info, recoding.spec, reason)

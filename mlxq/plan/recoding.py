@@ -1,4 +1,4 @@
-"""What MLX format a ggml type becomes that is no affine grid, or only one twice its size. Data, and one rule.
+"""What MLX format a type becomes that is no grid of MLX's, or only one twice its size. Data, and one rule.
 
 The rule: the smallest format whose error, added by quantizing the decoded weights anew, is expected to be at most half
 of what the type itself lost when it was made (`MOST_ADDED`). Both add up as squares, so the result is at most 12 %
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mlxq.types import QuantSpec
+from mlxq.types import QuantSpec, TensorInfo
 
 #: The part of a type's own error that a new format may add, and the part that it may add to Gaussian weights.
 MOST_ADDED = 0.5
@@ -49,3 +49,17 @@ RECODINGS = {
     "IQ1_S": Recoding(0.487, QuantSpec(3, 128), 0.168),
     "NVFP4": Recoding(0.103, QuantSpec(6, 128), 0.0240),
 }
+
+#: Formats of other tools than ggml's: codes that are no grid, or floats under scales that MLX has no place for. Their
+#: own errors are those of rounding to the nearest code: FP8 with a scale for the tensor, NF4 and FP4 in blocks of 64.
+FOREIGN = {
+    "FP8": Recoding(0.0263, QuantSpec(8, 128), 0.0071),
+    "NF4": Recoding(0.0921, QuantSpec(6, 128), 0.0234),
+    "FP4": Recoding(0.121, QuantSpec(5, 128), 0.0470),
+    "NVFP4+scale": Recoding(0.0942, QuantSpec(6, 128), 0.0239),
+}
+
+
+def recoding_of(info: TensorInfo) -> Recoding | None:
+    """What a tensor becomes that is asked for as it is stored; None where it stays: MLX holds it, or it is float."""
+    return RECODINGS.get(info.dtype) or (FOREIGN.get(info.dtype) if info.spec is None else None)

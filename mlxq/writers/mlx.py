@@ -15,7 +15,7 @@ from mlxq.errors import FormatError
 from mlxq.formats import crossings, floats, rescaled
 from mlxq.plan.dtypes import narrows
 from mlxq.plan.planner import Plan
-from mlxq.plan.recoding import MOST_ADDED, RECODINGS
+from mlxq.plan.recoding import MOST_ADDED, recoding_of
 from mlxq.quantizers import rtn
 from mlxq.types import DTYPE_NAMES, QuantizedTensor, QuantSpec, TensorPlan
 from mlxq.writers.measured import MeasuredErrors, counted
@@ -151,7 +151,7 @@ class MlxTarget:
         """Names the tensors that a new format changed by more than the share of their type's own error it may add."""
         errors, beyond = self.errors.relative_rmse, dict[str, float]()
         for p in self.plan.tensors:
-            recoding = RECODINGS.get(p.info.dtype)
+            recoding = recoding_of(p.info)
             if p.action == "requantize" and recoding is not None and recoding.spec.bits == p.spec.bits:
                 ratio = errors.get(p.info.name, 0.0) / recoding.bound
                 if ratio > 1:
