@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import tiny
+from command import CODE
 
 from mlxq.conversion import convert, to_kl
 from mlxq.errors import Cancelled, PlanError
@@ -146,4 +151,20 @@ def test_budgets_that_are_none(tmp_path: Path, options: dict[str, Any], words: s
 def test_a_dry_run_plans_what_is_expected(place: Path, tmp_path: Path) -> None:
     plan = run(place, tmp_path / "out", target_kl=0.01, costs=place / "costs", dry_run=True).plan
     assert any("the measured costs add up to 0.00" in n or "up to 0.01 " in n for n in plan.notes)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_interrupted_at_the_terminal_it_leaves_nothing(tmp_path: Path, place: Path) -> None:
+    arguments = ["convert", place / "source", "-o", tmp_path / "out.gguf", "--target-kl", "0.001", "--no-verify"]
+    arguments += ["--calib", place / "text.txt", "--calib-sequences", "8", "--calib-length", "64"]
+    process = subprocess.Popen([sys.executable, "-c", CODE, *map(str, arguments)], stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".out.gguf.partial-*/trial-1/.out.gguf.calibration/0001")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate()[1]
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "mlxq: interrupted"
+    assert "goes on" not in said
     assert not list(tmp_path.iterdir())

@@ -54,7 +54,7 @@ def measure_costs(
 
     Args:
         sequences: int32 `[S, L]`.
-        room: bytes for hidden states in memory, and for the second moments of a stack of experts; None: no limit.
+        room: bytes for the second moments of a stack of experts; None: no limit.
         known: what was measured on these sequences before, with all these matrices; it saves running backwards.
 
     Raises:
