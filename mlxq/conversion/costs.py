@@ -8,7 +8,6 @@ sensitivity times squared output error. Nothing is in memory but a block and the
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -36,7 +35,7 @@ _EXPERTS = 4
 #: Errors of a matrix inside a block are alike at successive tokens and in successive blocks, which the independence
 #: that costs are computed with leaves out. Measured in a model of 226M weights, by quantizing one kind of matrix at a
 #: time: KL divergences of 1.3 and 1.4 times what is computed for embedding and head, 1.8 to 2.1 times inside blocks.
-_ALIKE = 1.5
+_ALIKE = 3.0
 
 
 def measure_costs(
@@ -71,8 +70,6 @@ def measure_costs(
     with BlockStream(parameters, sequences, on_disk=True) as stream:
         if known is None:
             sensitivity = measure(stream, run.names, seed, report, run.sample, room)
-            weights = run.shared(sensitivity.token_weights)
-            sensitivity = dataclasses.replace(sensitivity, token_weights=weights)
         else:
             sensitivity = known
             forwards(stream, run.names, run.sample, room, lambda done: report(done, stream.n_blocks))
@@ -100,19 +97,9 @@ class _Run:
         self.coder = coder_of(plan)
         self.cancel = cancel
         self.samples: dict[str, list[_Sample]] = {}
-        self.groups: list[list[str]] = []
 
     def names(self, path: str) -> list[str]:
         return [n for n in self.plans if n.startswith(f"{path}.")]
-
-    def shared(self, token_weights: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Weights of the tokens for the Hessian that matrices with the same input share: the mean of theirs."""
-        out = {}
-        for group in self.groups:
-            found = [token_weights[name] for name in group if name in token_weights]
-            if found:
-                out |= dict.fromkeys(group, np.mean(found, axis=0, dtype=np.float32))
-        return out
 
     def sample(self, seen: Observations) -> list[int]:
         """Quantize rows of each matrix that was observed; of a stack's busiest experts those whose turn it is.
@@ -123,8 +110,6 @@ class _Run:
         turns: set[int] = set()
         for group in seen.by_input():
             moments = seen.moments[group[0]]
-            if seen.turn == 0:
-                self.groups.append(group)
             for i in map(int, np.argsort(-moments.counts, kind="stable")[:_EXPERTS]):
                 if i in moments.held:
                     self._sample_group(group, i, moments)
