@@ -8,7 +8,7 @@ import gguf
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from gguf_models import add_byte_tokenizer
+from gguf_models import add_byte_tokenizer, add_sizes
 from random_blocks import random_blocks
 
 from mlxq.architectures.parameters import ParameterMap
@@ -33,14 +33,7 @@ def _shapes(arch: str, tied: bool) -> dict[str, tuple[int, ...]]:
 def write(path: Path, type_name: str, arch: str = "llama", tied: bool = False) -> Path:
     """A model with every matrix of `type_name`, of random blocks: llama, or qwen3moe with stacked experts."""
     writer = gguf.GGUFWriter(str(path), arch)
-    writer.add_block_count(2)
-    writer.add_context_length(256)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
+    add_sizes(writer, 2, HIDDEN, FFN, HEADS, KV_HEADS)
     writer.add_key_length(HIDDEN // HEADS)
     writer.add_value_length(HIDDEN // HEADS)
     assert add_byte_tokenizer(writer) == VOCAB

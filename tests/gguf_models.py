@@ -66,16 +66,21 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{GGUF_NAMES[stem]}.{kind}"
 
 
-def new_writer(path: Path, arch: str = "llama", layers: int = LAYERS, **numbers) -> gguf.GGUFWriter:
-    writer = gguf.GGUFWriter(str(path), arch)
+def add_sizes(writer: gguf.GGUFWriter, layers: int, hidden: int, ffn: int, heads: int, kv_heads: int) -> None:
+    """What every model of these tests says of its sizes."""
     writer.add_block_count(layers)
     writer.add_context_length(256)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(FFN)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(KV_HEADS)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(ffn)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
+
+
+def new_writer(path: Path, arch: str = "llama", layers: int = LAYERS, **numbers) -> gguf.GGUFWriter:
+    writer = gguf.GGUFWriter(str(path), arch)
+    add_sizes(writer, layers, HIDDEN, FFN, HEADS, KV_HEADS)
     writer.add_rope_dimension_count(HEAD_DIM)
     for key, value in numbers.items():
         writer.add_key_value(key.replace("__", "."), value, _value_type(value))

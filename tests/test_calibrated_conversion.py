@@ -526,23 +526,6 @@ def test_experts_some_at_a_time_give_the_same_codes(
 @pytest.mark.slow
 def test_stacks_whose_inputs_are_not_understood_are_searched_and_keep_their_grid(tmp_path: Path, text: Path) -> None:
     """Latent attention multiplies by a stack of matrices, one a head, from either side."""
-    config = {k: v for k, v in tiny.LLAMA.items() if k != "architectures"} | {
-        "model_type": "deepseek_v3",
-        "num_key_value_heads": 4,
-        "moe_intermediate_size": 64,
-        "n_routed_experts": 4,
-        "n_shared_experts": 1,
-        "num_experts_per_tok": 2,
-        "n_group": 1,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "kv_lora_rank": 64,
-        "q_lora_rank": 64,
-        "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 32,
-        "v_head_dim": 32,
-        "rope_scaling": None,
-    }
     from mlx.utils import tree_flatten
 
     from mlxq.architectures.registry import build_model
@@ -550,9 +533,9 @@ def test_stacks_whose_inputs_are_not_understood_are_searched_and_keep_their_grid
     source = tmp_path / "source"
     source.mkdir()
     mx.random.seed(1)
-    arrays = dict(tree_flatten(build_model(config).parameters()))
+    arrays = dict(tree_flatten(build_model(tiny.DEEPSEEK).parameters()))
     mx.save_safetensors(str(source / "model.safetensors"), arrays, metadata={"format": "mlx"})
-    (source / "config.json").write_text(json.dumps(config))
+    (source / "config.json").write_text(json.dumps(tiny.DEEPSEEK))
     tiny.write_tokenizer(source)
     result = run(source, tmp_path / "out", text, bits=None, target_bpw=5.0, method="search", calib_sequences=4)
     assert any("4 tensors was not seen" in n and "embed_q" in n for n in result.notes)

@@ -27,6 +27,24 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 257,
     "eos_token_id": 256,
 }
+#: Latent attention, which multiplies by a stack of matrices, beside experts that are chosen in groups.
+DEEPSEEK: dict[str, Any] = {k: v for k, v in LLAMA.items() if k != "architectures"} | {
+    "model_type": "deepseek_v3",
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 4,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 64,
+    "q_lora_rank": 64,
+    "qk_rope_head_dim": 32,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 32,
+    "rope_scaling": None,
+}
 
 
 def llama_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -10,24 +10,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architecture_zoo import CONFIGS, config_of, save
+from whole_models import whole_model
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration import stream as stream_module
 from mlxq.calibration.stream import Activations, Block, BlockStream
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CalibrationError
-from mlxq.runtime.layers import install_layers
-from mlxq.runtime.weights import load_parameters
 
 #: Longer than the sliding windows of 8; ids of a vocabulary of 101.
 SEQUENCES = np.random.default_rng(5).integers(0, 101, (5, 13)).astype(np.int32)
-
-
-def whole_model(parameters: ParameterMap) -> nn.Module:
-    model = parameters.new_model()
-    install_layers(model, parameters.tensors)
-    load_parameters(model, "", parameters, compute_dtype=mx.float32)
-    return model
 
 
 def through(block: Block, activations: Activations) -> None:

@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from architecture_zoo import CONFIGS, config_of, save
+from whole_models import whole_model
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.calibration import sensitivity
@@ -19,8 +20,6 @@ from mlxq.calibration.observe import Observations, observing
 from mlxq.calibration.stream import Activations, Block, BlockStream
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import CalibrationError
-from mlxq.runtime.layers import install_layers
-from mlxq.runtime.weights import load_parameters
 
 SEQUENCES = np.random.default_rng(5).integers(0, 101, (5, 13)).astype(np.int32)
 #: Relative; float32 sums of some hundred terms in another order.
@@ -37,13 +36,6 @@ def parameters(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Param
 def matrices(parameters: ParameterMap) -> Callable[[str], list[str]]:
     names = [n for n, i in parameters.tensors.items() if i.module in ("linear", "switch", "embedding")]
     return lambda path: [n for n in names if n.startswith(f"{path}.")]
-
-
-def whole_model(parameters: ParameterMap) -> nn.Module:
-    model = parameters.new_model()
-    install_layers(model, parameters.tensors)
-    load_parameters(model, "", parameters, compute_dtype=mx.float32)
-    return model
 
 
 def layer_of(model: Any, name: str) -> Any:

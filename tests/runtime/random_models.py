@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
-from tiny import LLAMA
+from tiny import DEEPSEEK, LLAMA
 
 from mlxq.architectures.registry import build_model
 
@@ -54,28 +54,8 @@ ZOO: dict[str, tuple[dict[str, Any], int | None]] = {
         },
         4,
     ),
-    # Latent attention: MultiLinear, which only these models have, beside experts that are chosen in groups.
-    "deepseek_v3_4bit": (
-        BASE
-        | {
-            "model_type": "deepseek_v3",
-            "num_key_value_heads": 4,
-            "moe_intermediate_size": 64,
-            "n_routed_experts": 4,
-            "n_shared_experts": 1,
-            "num_experts_per_tok": 2,
-            "n_group": 1,
-            "topk_group": 1,
-            "first_k_dense_replace": 1,
-            "kv_lora_rank": 64,
-            "q_lora_rank": 64,
-            "qk_rope_head_dim": 32,
-            "qk_nope_head_dim": 32,
-            "v_head_dim": 32,
-            "rope_scaling": None,
-        },
-        4,
-    ),
+    # MultiLinear, which only these models have.
+    "deepseek_v3_4bit": (DEEPSEEK, 4),
     # Attention sinks, sliding windows, and experts with a bias.
     "gpt_oss_8bit": (
         BASE
