@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import affine_cases
+import covering
 import mlx.core as mx
 import pytest
 from random_blocks import random_blocks
@@ -15,7 +16,6 @@ pytestmark = pytest.mark.usefixtures("checker")
 
 K = 4096
 QUICK_TYPES = ("Q4_K", "Q6_K", "Q8_0", "Q3_K")
-TYPES = [t if t in QUICK_TYPES else pytest.param(t, marks=pytest.mark.slow) for t in METAL_TYPES]
 
 
 @pytest.fixture
@@ -59,8 +59,14 @@ def check(counted, gate, up, M: int, rows: int, names: tuple[str, str]) -> None:
     assert own.arithmetic <= sum(r.arithmetic for r in apart) + 64 * M * len(gate[0])
 
 
-@pytest.mark.parametrize("name", TYPES)
-@pytest.mark.parametrize("M", [1, *(pytest.param(M, marks=pytest.mark.slow) for M in (2, 8))])
+def rows_of_types() -> list:
+    """One row of each type; of half of them two, of the others eight."""
+    more = [(t, M) for i, t in enumerate(METAL_TYPES) for j, M in enumerate((2, 8)) if covering.EVERY or (i + j) % 2]
+    one = [pytest.param(t, 1, marks=() if t in QUICK_TYPES else pytest.mark.slow) for t in METAL_TYPES]
+    return one + [pytest.param(*case, marks=pytest.mark.slow) for case in more]
+
+
+@pytest.mark.parametrize(("name", "M"), rows_of_types())
 def test_gate_and_up_in_blocks_are_read_once_and_x_once_by_each_simd_group(counted, name, M):
     N = 16
     rows = metal_fused.block_gated_rows(M, name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import covering
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -55,7 +56,7 @@ def block_layers(model: mlxq.Model) -> list[layers.BlockLayer]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type_name", METAL_TYPES)
+@pytest.mark.parametrize("type_name", METAL_TYPES if covering.EVERY else METAL_TYPES[::2])
 def test_logits_in_float32_are_those_of_decoded_weights(float32, tmp_path, type_name):
     path = write(tmp_path / "m.gguf", type_name, tied=type_name in ("Q6_K", "Q8_0"))
     with mlxq.load(path) as model, open_checkpoint(path) as checkpoint:
@@ -68,7 +69,7 @@ def test_logits_in_float32_are_those_of_decoded_weights(float32, tmp_path, type_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type_name", METAL_TYPES)
+@pytest.mark.parametrize("type_name", METAL_TYPES if covering.EVERY else METAL_TYPES[1::2])
 def test_on_a_gpu_blocks_are_held_as_they_are_stored(gpu, tmp_path, type_name):
     path = write(tmp_path / "m.gguf", type_name, tied=True)
     with mlxq.load(path) as model, open_checkpoint(path) as checkpoint:
@@ -84,8 +85,7 @@ def test_on_a_gpu_blocks_are_held_as_they_are_stored(gpu, tmp_path, type_name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("type_name", ["Q4_K", "Q6_K", "Q4_0"])
-@pytest.mark.parametrize("where", ["gpu", "float32"])
+@pytest.mark.parametrize(("type_name", "where"), [("Q4_K", "gpu"), ("Q6_K", "float32"), ("Q4_0", "float32")])
 def test_experts(request, tmp_path, type_name, where):
     path = write(tmp_path / "m.gguf", type_name, "qwen3moe")
     request.getfixturevalue(where)
@@ -143,14 +143,14 @@ def test_types_without_kernels_are_decoded(gpu, tmp_path):
 def test_tokens_on_a_gpu_are_those_of_whole_passes(gpu, tmp_path):
     path = write(tmp_path / "m.gguf", "Q5_K", tied=True)
     with mlxq.load(path) as model:
-        result = model.generate("hello there", max_tokens=4, **RAW)
-        ids = model.encode("hello there", chat_template=False)
+        result = model.generate("hi", max_tokens=3, **RAW)
+        ids = model.encode("hi", chat_template=False)
         for token in result.token_ids:
             logits = model.module(mx.array([ids]))[0, -1]
             # Half floats: the chosen one is the best, or as good as rounding can tell.
             assert float(logits.max() - logits[token]) <= 4e-3 * float(mx.abs(logits).max())
             ids.append(token)
-        assert len(result.token_ids) == 4
+        assert len(result.token_ids) == 3
 
 
 def test_metal_is_refused_before_anything_is_read(tmp_path, monkeypatch):
