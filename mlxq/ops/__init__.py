@@ -26,6 +26,7 @@ from mlxq.ops.choices import Product
 from mlxq.ops.dispatch import Backend, Call, asked, call_on, choose
 from mlxq.ops.fused import BlockWeights, PackedWeights, gated_projection, projections
 from mlxq.ops.kernel_cases import Affine, Blocks
+from mlxq.types import QuantSpec
 
 __all__ = [
     "BlockWeights",
@@ -94,7 +95,7 @@ def dequantize(
         `[..., N, K]`.
     """
     if mode != "affine" and biases is None:
-        return float_modes.dequantize(w_q, scales, mode, dtype, backend)
+        return float_modes.dequantize(w_q, scales, QuantSpec(bits, group_size, mode), dtype, backend)
     op = "dequantize"
     described = [describe(op, name, a) for name, a in (("w_q", w_q), ("scales", scales), ("biases", biases))]
     validation.dequantize(*described, bits, group_size, mode, dtype)
@@ -128,7 +129,7 @@ def quantized_matmul(
         the dtype of x.
     """
     if mode != "affine" and biases is None:
-        return float_modes.quantized_matmul(x, w_q, scales, mode, transpose, backend)
+        return float_modes.quantized_matmul(x, w_q, scales, QuantSpec(bits, group_size, mode), transpose, backend)
     op = "quantized_matmul"
     named = (("x", x), ("w_q", w_q), ("scales", scales), ("biases", biases))
     described = [describe(op, name, a) for name, a in named]
@@ -168,8 +169,9 @@ def gather_quantized_matmul(
     """
     op = "gather_quantized_matmul"
     if mode != "affine" and biases is None:
+        spec = QuantSpec(bits, group_size, mode)
         return float_modes.gather_quantized_matmul(
-            x, w_q, scales, rhs_indices, mode, transpose, sorted_indices, backend
+            x, w_q, scales, rhs_indices, spec, transpose, sorted_indices, backend
         )
     named = (("x", x), ("w_q", w_q), ("scales", scales), ("biases", biases))
     described = [describe(op, name, a) for name, a in (*named, ("rhs_indices", rhs_indices))]

@@ -15,11 +15,11 @@ import numpy as np
 from mlxq.errors import FormatError
 from mlxq.formats import float_modes
 from mlxq.formats.floats import dtype_of, from_float32, to_float32
-from mlxq.formats.geometry import FLOAT_MODES, PACKED_CODES
+from mlxq.formats.geometry import FLOAT_MODES, PACKED_CODES, validate_spec
 from mlxq.ops import numpy_backend
 from mlxq.ops.arrays import Operand, describe, import_mlx, indices_to_kind, mlx_dtype, to_kind, to_numpy
 from mlxq.ops.dispatch import asked, device_of
-from mlxq.types import FLOAT_BYTES
+from mlxq.types import FLOAT_BYTES, QuantSpec
 
 #: Rows of x from which decoding is faster on the CPU.
 _FEW_ROWS = 6
@@ -27,10 +27,10 @@ _FEW_ROWS = 6
 _PART = 1 << 21
 
 
-def dequantize(w_q: Any, scales: Any, mode: str, dtype: str | None, backend: str | None) -> Any:
+def dequantize(w_q: Any, scales: Any, spec: QuantSpec, dtype: str | None, backend: str | None) -> Any:
     """Weights `[..., N, K]` in `dtype`, float32 where it is None, in the kind of array of `w_q`."""
     op, dtype = "dequantize", dtype or "F32"
-    _check(op, w_q, scales, mode)
+    mode, _ = _check(op, w_q, scales, spec)
     if dtype not in FLOAT_BYTES:
         raise FormatError(f"{op}: dtype must be one of {', '.join(FLOAT_BYTES)}, got {dtype!r}")
     kind = describe(op, "w_q", w_q).kind
@@ -43,10 +43,10 @@ def dequantize(w_q: Any, scales: Any, mode: str, dtype: str | None, backend: str
     return to_kind(from_float32(w_hat, dtype), kind)
 
 
-def quantized_matmul(x: Any, w_q: Any, scales: Any, mode: str, transpose: bool, backend: str | None) -> Any:
+def quantized_matmul(x: Any, w_q: Any, scales: Any, spec: QuantSpec, transpose: bool, backend: str | None) -> Any:
     """`x @ w_hat.T`, or `x @ w_hat` when not `transpose`, in the dtype of x."""
     op = "quantized_matmul"
-    weights = _check(op, w_q, scales, mode)
+    mode, weights = _check(op, w_q, scales, spec)
     rows, kind = _check_x(op, x, weights, 2, transpose)
     if _by_mlx(op, kind, rows, backend) and x.size and w_q.size:
         mx = import_mlx()
@@ -68,14 +68,14 @@ def gather_quantized_matmul(
     w_q: Any,
     scales: Any,
     rhs_indices: Any,
-    mode: str,
+    spec: QuantSpec,
     transpose: bool,
     sorted_indices: bool,
     backend: str | None,
 ) -> Any:
     """The same with chosen matrices of a stack, x `[*batch, M, K]`; `rhs_indices` broadcasts with `batch`."""
     op = "gather_quantized_matmul"
-    weights = _check(op, w_q, scales, mode)
+    mode, weights = _check(op, w_q, scales, spec)
     rows, kind = _check_x(op, x, weights, 3, transpose)
     if x.ndim < 2:
         raise FormatError(f"{op}: x must be [*batch, M, K], but it has {x.ndim} axes; x.shape == {tuple(x.shape)}")
@@ -134,15 +134,17 @@ def _by_mlx(op: str, kind: str, rows: int, backend: str | None) -> bool:
     return device_of("mlx") == "gpu" or rows <= _FEW_ROWS
 
 
-def _check(op: str, w_q: Any, scales: Any, mode: str) -> tuple[int, ...]:
-    """The shape of the weights.
+def _check(op: str, w_q: Any, scales: Any, spec: QuantSpec) -> tuple[str, tuple[int, ...]]:
+    """The mode, and the shape of the weights.
 
     Raises:
-        FormatError: an unknown mode, or parts whose dtypes or shapes disagree.
+        FormatError: an unknown mode, or one without these bits and groups, or parts whose dtypes or shapes disagree.
     """
-    geometry = FLOAT_MODES.get(mode) if isinstance(mode, str) else None
-    if geometry is None:
-        raise FormatError(f"{op}: mode must be affine, {', '.join(FLOAT_MODES)}, got {mode!r}")
+    try:
+        validate_spec(spec)
+    except FormatError as error:
+        raise FormatError(f"{op}: {error}") from None
+    mode, geometry = spec.mode, FLOAT_MODES[spec.mode]
     w, s = describe(op, "w_q", w_q), describe(op, "scales", scales)
     params = f"; w_q.shape == {tuple(w.shape)}, scales.shape == {tuple(s.shape)}, mode={mode!r}"
     for name, operand, dtype in (("w_q", w, "uint32"), ("scales", s, "uint8")):
@@ -154,7 +156,7 @@ def _check(op: str, w_q: Any, scales: Any, mode: str) -> tuple[int, ...]:
     if w.shape[-1] * 32 != K * geometry.bits or K % PACKED_CODES:
         held = w.shape[-1] * 32 / geometry.bits
         raise FormatError(f"{op}: the words of a row hold {held:g} codes, but its scales are for {K}{params}")
-    return (*w.shape[:-1], K)
+    return mode, (*w.shape[:-1], K)
 
 
 def _check_x(op: str, x: Any, weights: tuple[int, ...], ndim: int, transpose: bool) -> tuple[int, str]:
