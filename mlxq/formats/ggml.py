@@ -17,6 +17,7 @@ weight `i + 16` in its high nibble; bit `j` of the little-endian uint32 `qh` is 
 
 F32, F16 and BF16 are arrays of their elements. All arithmetic is float32.
 
+MXFP4 is MLX's mode mxfp4 in another order (`float_modes.from_blocks`).
 Some types are an affine grid (`w_hat = scales * q + biases`) of the same weights; `v` is a value of a table, `sc` and
 `m` scale and min of a sub-block. The float type is the smallest that holds all scales and biases of the type:
 
@@ -30,7 +31,6 @@ Some types are an affine grid (`w_hat = scales * q + biases`) of the same weight
     Q5_K          5     32     q               d sc    -dmin m     F32
     IQ4_NL        8     32     v + 128         d       -128 d      F16
     IQ4_XS        8     32     v + 128         d sc    -128 d sc   F32
-    MXFP4         5     32     v + 12          d       -12 d       BF16
     TQ1_0, TQ2_0  2     128    q               d       -d          F16
 """
 
@@ -43,9 +43,9 @@ from typing import NamedTuple
 import numpy as np
 
 from mlxq.errors import FormatError
-from mlxq.formats import fp4, iq4, iquants, kquants, ternary
+from mlxq.formats import float_modes, fp4, iq4, iquants, kquants, ternary
 from mlxq.formats.affine import pack
-from mlxq.formats.floats import from_float32, storage_dtype, to_float32
+from mlxq.formats.floats import storage_dtype, to_float32
 from mlxq.formats.geometry import BLOCK_FORMATS, block_format
 from mlxq.formats.superblocks import K_TYPES
 from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, QuantizedTensor, QuantSpec
@@ -93,8 +93,8 @@ class _Grid:
 
 
 def affine_spec(name: str) -> QuantSpec | None:
-    """The affine grid that holds a ggml type's weights exactly, or None."""
-    return _GRIDS[name].spec if name in _GRIDS else None
+    """The grid of MLX that holds a ggml type's weights exactly, or None: affine, but for MXFP4."""
+    return _MXFP4 if name == "MXFP4" else _GRIDS[name].spec if name in _GRIDS else None
 
 
 def affine_scales_dtype(name: str) -> str | None:
@@ -130,7 +130,7 @@ def dequantize(blocks: np.ndarray, name: str) -> np.ndarray:
 
 
 def to_affine(blocks: np.ndarray, name: str) -> QuantizedTensor:
-    """The same weights as MLX affine codes: no weight is re-rounded.
+    """The same weights as MLX's codes: no weight is re-rounded.
 
     In float32 arithmetic, `scales * q + biases` equals `dequantize` as a number for every block. A code has at most
     8 bits, a float16 11 significant bits and a product of one with a 6-bit scale 17, multiplied by codes of at most 5
@@ -141,12 +141,14 @@ def to_affine(blocks: np.ndarray, name: str) -> QuantizedTensor:
 
     Args:
         blocks: uint8 `[..., row_bytes]`, whole blocks.
-        name: one of the types in this module's second table.
+        name: one of the types in this module's second table, or MXFP4.
 
     Raises:
         FormatError: a type with no affine grid, rows that are not whole blocks, scales that are not finite, or an
             offset (`-8 d` and the like) beyond the largest number of its float type.
     """
+    if name == "MXFP4":
+        return _to_mxfp4(_as_blocks(blocks, name), blocks.shape)
     grid = _GRIDS.get(name)
     if grid is None:
         raise FormatError(f"ggml type {name!r} has no affine grid: the types that have one are {', '.join(_GRIDS)}")
@@ -213,10 +215,12 @@ def _iq4_grid(blocks: np.ndarray, name: str) -> _Parts:
     return _Parts((iq4.VALUES.view(np.uint8) ^ np.uint8(0x80))[parts.codes], scales, _times(scales, -128))
 
 
-def _mxfp4_grid(blocks: np.ndarray, name: str) -> _Parts:
-    scales, codes = fp4.unpack(blocks, name)
-    codes = (fp4.VALUES + np.int8(12)).view(np.uint8)[codes.reshape(len(blocks), -1)]
-    return _Parts(codes, from_float32(scales, "BF16"), from_float32(_times(scales, -12), "BF16"))
+def _to_mxfp4(flat: np.ndarray, shape: tuple[int, ...]) -> QuantizedTensor:
+    w_q, scales = float_modes.from_blocks(flat, "mxfp4")
+    float_modes.check(w_q, scales, "mxfp4")
+    lead, n_groups = shape[:-1], shape[-1] // block_format("MXFP4").type_size
+    w_q, scales = w_q.reshape(*lead, -1), scales.reshape(*lead, n_groups)
+    return QuantizedTensor(w_q, scales, None, _MXFP4, (*lead, n_groups * _BLOCK), _MXFP4.mode)
 
 
 def _ternary_grid(blocks: np.ndarray, name: str) -> _Parts:
@@ -226,18 +230,18 @@ def _ternary_grid(blocks: np.ndarray, name: str) -> _Parts:
 
 
 def _times(scales: np.ndarray, n: int) -> np.ndarray:
-    """Scales times a small integer in their own dtype: exact (a power of two, or 12 of one) unless it overflows."""
+    """Scales times a power of two in their own dtype: exact unless it overflows."""
     with np.errstate(over="ignore", invalid="ignore"):
         return scales * scales.dtype.type(n)
 
 
+_MXFP4 = QuantSpec(4, 32, "mxfp4")
 _GRIDS = {name: _Grid(QuantSpec(x.bits, _BLOCK), "F16", _simple_grid) for name, x in _LAYOUTS.items()}
 _GRIDS |= {
     "Q4_K": _Grid(QuantSpec(4, 32), "F32", _super_block_grid),
     "Q5_K": _Grid(QuantSpec(5, 32), "F32", _super_block_grid),
     "IQ4_NL": _Grid(QuantSpec(8, 32), "F16", _iq4_grid),
     "IQ4_XS": _Grid(QuantSpec(8, 32), "F32", _iq4_grid),
-    "MXFP4": _Grid(QuantSpec(5, 32), "BF16", _mxfp4_grid),
     "TQ1_0": _Grid(QuantSpec(2, 128), "F16", _ternary_grid),
     "TQ2_0": _Grid(QuantSpec(2, 128), "F16", _ternary_grid),
 }

@@ -17,7 +17,7 @@ from mlxq.architectures.registry import model_classes
 from mlxq.checkpoint.config import context_length, eos_token_ids
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import GenerationError
-from mlxq.formats.geometry import BLOCK_FORMATS, affine_bytes
+from mlxq.formats.geometry import BLOCK_FORMATS, quantized_bytes
 from mlxq.ops.dispatch import Call, choose
 from mlxq.runtime import generate as _generate
 from mlxq.runtime.fused import install_fused
@@ -154,7 +154,7 @@ def _should_widen(parameter_map: ParameterMap, dtype: mx.Dtype | None) -> bool:
 def _should_be_compact(parameter_map: ParameterMap) -> bool:
     """Whether blocks that have an affine grid stay blocks: if their grids would take more than half of memory."""
     grids = [i for i in parameter_map.tensors.values() if i.spec is not None and i.dtype in BLOCK_FORMATS]
-    return sum(affine_bytes(i.shape, i.spec, "F32") for i in grids) > _memory() // 2
+    return sum(quantized_bytes(i.shape, i.spec, "F32") for i in grids) > _memory() // 2
 
 
 def _memory() -> int:

@@ -58,7 +58,8 @@ def default_compute_dtype(parameter_map: ParameterMap) -> mx.Dtype | None:
         return _dtype_of_packed(parameter_map) if checkpoint.kind == "huggingface" else None
     dtype = _DTYPES.get(checkpoint.config.get("torch_dtype"), mx.float32)
     blocks = _block_weights(parameter_map.model, "")
-    quantized = any(i.spec is not None and i.name not in blocks for i in parameter_map.tensors.values())
+    grids = [i for i in parameter_map.tensors.values() if i.spec is not None and i.name not in blocks]
+    quantized = any(i.spec.mode == "affine" for i in grids)
     return mx.float32 if dtype == mx.bfloat16 and quantized else dtype
 
 

@@ -89,6 +89,9 @@ def stored_tensor(out: Path, name: str, result: ConversionResult) -> np.ndarray:
     if plan.spec is None:
         return np.array(arrays[name].astype(mx.float32))
     path = name.removesuffix("weight")
+    if plan.spec.mode != "affine":
+        parts = mx.array(arrays[name]), arrays[f"{path}scales"]
+        return np.array(mx.dequantize(*parts, mode=plan.spec.mode, dtype=mx.float32))
     scales, biases = (np.array(arrays[path + part].astype(mx.float32)) for part in ("scales", "biases"))
     q = QuantizedTensor(np.array(arrays[name]), scales, biases, plan.spec, plan.info.shape, "F32")
     return crossings.dequantize(q)

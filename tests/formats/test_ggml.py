@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mlxq.errors import FormatError
-from mlxq.formats import ggml
+from mlxq.formats import crossings, ggml
 from mlxq.formats.affine import unpack
 from mlxq.formats.floats import to_float32
 from mlxq.formats.geometry import BLOCK_FORMATS, block_format
@@ -24,7 +24,6 @@ GRIDS = {
     "Q5_K": (5, 32, "F32"),
     "IQ4_NL": (8, 32, "F16"),
     "IQ4_XS": (8, 32, "F32"),
-    "MXFP4": (5, 32, "BF16"),
     "TQ1_0": (2, 128, "F16"),
     "TQ2_0": (2, 128, "F16"),
 }
@@ -121,7 +120,7 @@ def test_every_type_equals_ggml_for_any_bytes(name):
 def test_the_table_of_types_is_the_decoders():
     decodable = {t.name for t in gguf.quants._type_traits} | {"F32", "F16"}
     assert set(ggml.READABLE) <= decodable
-    assert {n for n in ggml.READABLE if ggml.affine_spec(n)} == set(GRIDS)
+    assert {n for n in ggml.READABLE if ggml.affine_spec(n)} == {*GRIDS, "MXFP4"}
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -225,3 +224,15 @@ def test_errors():
 
 def test_no_rows():
     assert ggml.dequantize(np.zeros((0, 20), np.uint8), "Q4_1").shape == (0, 32)
+
+
+def test_mxfp4_is_a_mode_of_mlx():
+    blocks = finite_blocks("MXFP4", 400)[:360].reshape(3, -1)
+    t = ggml.to_affine(blocks, "MXFP4")
+    assert (str(t.spec), t.dtype, t.biases, t.shape) == ("mxfp4", "mxfp4", None, (3, 120 * 32))
+    assert (ggml.affine_spec("MXFP4"), ggml.affine_scales_dtype("MXFP4")) == (t.spec, None)
+    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.MXFP4)
+    np.testing.assert_array_equal(crossings.dequantize(t), expected)
+    blocks[1, 17] = 255
+    with pytest.raises(FormatError, match="a scale is 255"):
+        ggml.to_affine(blocks, "MXFP4")
