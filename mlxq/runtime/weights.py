@@ -159,7 +159,7 @@ def _block_weights(module: nn.Module, prefix: str) -> set[str]:
 
 
 def _arrays(
-    info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, widen: bool, permuted: bool
+    info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None, widen: bool, permuted: bool = False
 ) -> dict[str, mx.array]:
     path = info.name.rpartition(".")[0]
     if info.spec is not None or permuted:
