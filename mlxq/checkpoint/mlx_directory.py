@@ -108,6 +108,10 @@ class MlxCheckpoint(SafetensorsDirectory):
 
     def _float_mode_info(self, module: str, weight: Entry, scales: Entry) -> TensorInfo:
         name = f"{module}.weight"
+        if f"{module}.global_scale" in self._stored.tensors:
+            raise CheckpointError(
+                f"{self.path}: {quoted(name)} has a global_scale (of nvfp4), which cannot be read yet"
+            )
         if f"{module}.biases" in self._stored.tensors:
             raise CheckpointError(f"{self.path}: {quoted(name)} has scales of dtype U8 and biases: no mode has both")
         self._check_lead(name, weight, scales)

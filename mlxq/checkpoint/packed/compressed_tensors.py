@@ -20,6 +20,7 @@ A module belongs to the config group whose `targets` name it best: its own name,
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from mlxq.checkpoint.packed.base import Packed, RawTensors, Scheme, Source, part
 from mlxq.checkpoint.packed.config_groups import Groups, Weights
 from mlxq.checkpoint.packed.grid import Columns, Grid, StoredGrid, columns_in_groups, columns_of
 from mlxq.checkpoint.safetensors import Entry, quoted
-from mlxq.errors import CheckpointError, FormatError
+from mlxq.errors import CheckpointError
 from mlxq.formats.gptq import unpack_words
 from mlxq.types import FLOAT_BYTES, TensorInfo
 
@@ -57,32 +58,29 @@ class Integers(Grid):
         self._module, self._how, self._packed = module, how, packed
 
     def stored(self, raw: RawTensors, rows: slice | None) -> StoredGrid:
-        N = self.info.shape[0]
-        first, last, _ = (rows or slice(None)).indices(N)
+        first, last, _ = (rows or slice(None)).indices(self.info.shape[0])
         middle = 1 << (self.bits - 1)
         if self._packed:
             words = raw.rows(f"{self._module}.{_PACKED}", rows).view(np.uint32)
         else:
             codes = raw.rows(f"{self._module}.{_PLAIN}", rows).view(np.uint8) ^ np.uint8(0x80)
             words = np.ascontiguousarray(codes).view("<u4")
-        scales = self._of_rows(raw.rows(f"{self._module}.weight_scale"), first, last)
+        scales = self._of_rows(raw, f"{self._module}.weight_scale", first, last)
         if self._how.symmetric:
             return StoredGrid(words, scales, np.full(scales.shape, middle, np.int16))
         name = f"{self._module}.weight_zero_point"
-        zeros = raw.rows(name)
-        if zeros.dtype == np.int32:
-            zeros = unpack_words(np.ascontiguousarray(zeros.T), self.bits)[:, :N].T.astype(np.int16)
-        elif np.abs(zeros).max(initial=0) > middle:
-            raise FormatError(f"a zero point is beyond the range of {self.bits} bits")
-        else:
-            zeros = np.rint(zeros).astype(np.int16) + np.int16(middle)
-        return StoredGrid(words, scales, self._of_rows(zeros, first, last))
+        if raw.entries[name].dtype == "I32":
+            # Few: read as a whole, since rows of the weight share words.
+            zeros = unpack_words(np.ascontiguousarray(raw.rows(name).T), self.bits)[:, first:last].T
+            return StoredGrid(words, scales, np.ascontiguousarray(zeros).astype(np.int16))
+        zeros = self._of_rows(raw, name, first, last)
+        return StoredGrid(words, scales, zeros.astype(np.int16) + np.int16(middle))
 
-    def _of_rows(self, stored: np.ndarray, first: int, last: int) -> np.ndarray:
+    def _of_rows(self, raw: RawTensors, name: str, first: int, last: int) -> np.ndarray:
         """Scales or zero points `[n, n_groups]` of some rows, whether stored for rows or for the tensor."""
-        if stored.size == 1:
-            return np.broadcast_to(stored.reshape(1, 1), (last - first, 1))
-        return np.ascontiguousarray(stored.reshape(self.info.shape[0], -1)[first:last])
+        if prod(raw.entries[name].shape) == 1:
+            return np.broadcast_to(raw.rows(name).reshape(1, 1), (last - first, 1))
+        return raw.rows(name, slice(first, last)).reshape(last - first, -1)
 
 
 def collect(source: Source) -> dict[str, Packed]:
@@ -140,7 +138,7 @@ def _integers(source: Source, module: str, entry: Entry, how: Weights, others: t
     n_groups = 1 if how.strategy in ("tensor", "channel") else -(-K // how.group_size)
     whole = how.strategy == "tensor"
     scale = part(source, names[1], tuple(FLOAT_BYTES))
-    if [n for n in scale.shape if n != 1] != [n for n in ((1,) if whole else (N, n_groups)) if n != 1]:
+    if not _fits(scale, N, n_groups, whole):
         part(source, names[1], tuple(FLOAT_BYTES), (1,) if whole else (N, n_groups))
     if not how.symmetric:
         names.append(f"{module}.weight_zero_point")
@@ -158,6 +156,12 @@ def _integers(source: Source, module: str, entry: Entry, how: Weights, others: t
     return Integers(info, (*names, *others), module, how, columns, scale.dtype, packed and stored.dtype == "I32")
 
 
+def _fits(stored: Entry, N: int, n_groups: int, whole: bool) -> bool:
+    """Whether scales or zero points are one for the tensor, or one for each group of each row; axes of 1 aside."""
+    expected = () if whole else (N, n_groups)
+    return [n for n in stored.shape if n != 1] == [n for n in expected if n != 1]
+
+
 def _shape(source: Source, module: str, entry: Entry, how: Weights) -> tuple[int, int]:
     """`[N, K]` of a packed weight: what `weight_shape` says, which the words must hold."""
     name = f"{module}.weight_shape"
@@ -173,12 +177,10 @@ def _shape(source: Source, module: str, entry: Entry, how: Weights) -> tuple[int
 
 
 def _check_zero_points(source: Source, name: str, N: int, n_groups: int, how: Weights, whole: bool) -> None:
-    stored = part(source, name, ("I32", "I8", *FLOAT_BYTES))
+    stored = part(source, name, ("I32", "I8"))
     if stored.dtype == "I32":
         part(source, name, ("I32",), (-(-N * how.num_bits // 32), n_groups))
-    elif stored.dtype != "I8" or [n for n in stored.shape if n != 1] != [
-        n for n in ((1,) if whole else (N, n_groups)) if n != 1
-    ]:
+    elif not _fits(stored, N, n_groups, whole):
         part(source, name, ("I8",), (1,) if whole else (N, n_groups))
 
 

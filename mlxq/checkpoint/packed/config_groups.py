@@ -26,8 +26,9 @@ FORMATS: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {
 }
 _MIXED = "mixed-precision"
 _STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
-#: The class that every quantized module here is of, and the one that linear layers of vLLM have.
+#: The classes that quantized modules here are of (one of them is what linear layers of vLLM are), and embeddings'.
 _CLASSES = ("Linear", "LinearBase")
+_EMBEDDING = "Embedding"
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Groups:
         """
         where = f"{self._where}: {quoted(module)} is quantized"
         ignored = next((t for t in self._ignored if _rank(t, module) is not None), None)
-        if ignored is not None and ignored not in _CLASSES:
+        if ignored is not None:
             raise CheckpointError(f"{where}, but `ignore` ({quoted(ignored)}) says that it is not")
         claims = []
         for name, targets, weights in self._groups:
@@ -101,7 +102,10 @@ def _rank(target: str, module: str) -> int | None:
     """How well a target names a module: 0 by name, 1 by a pattern, 2 by class; None if it does not."""
     if target.startswith("re:"):
         return 1 if re.match(target[3:], module) else None
-    return 0 if target == module else 2 if target in _CLASSES else None
+    if target == module:
+        return 0
+    is_embedding = "embed" in module.rpartition(".")[2]
+    return 2 if (target == _EMBEDDING and is_embedding) or (target in _CLASSES and not is_embedding) else None
 
 
 def _texts(value: Any, where: str) -> list[str]:

@@ -98,8 +98,8 @@ def attach_cache_scales(source: Source, found: dict[str, Packed]) -> None:
     for name in source.raw.entries:
         if name.endswith(_CACHE):
             above = name.rpartition(".")[0]
-            owner = owners.get(above) or owners.get(above.rpartition(".")[0])
-            if owner is not None:
+            owner = owners.get(above) or owners.get(above.rpartition(".")[0]) or next(iter(found.values()), None)
+            if owner is not None and name not in owner.parts:
                 owner.parts += (name,)
 
 
