@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from mlxq.errors import FormatError, PlanError
+from mlxq.errors import PlanError
 from mlxq.formats import geometry
 from mlxq.plan import dtypes
 from mlxq.plan.methods import check_method
+from mlxq.plan.patterns import check_legal, pattern, tensor_type, texts
 from mlxq.plan.recipes import PORTABLE_GROUP, RECIPES, check_portable, recipe_bits
 from mlxq.plan.recoding import FOREIGN, recoding_of
 from mlxq.plan.remarks import remarks
@@ -45,10 +45,10 @@ class PlanOptions:
 
     def __post_init__(self) -> None:
         for name in ("tensor_types", "keep"):
-            object.__setattr__(self, name, _texts(name, getattr(self, name)))
+            object.__setattr__(self, name, texts(name, getattr(self, name)))
         if self.recipe is not None and self.recipe not in RECIPES:
             raise PlanError(f"unknown recipe {self.recipe!r}: choose one of {', '.join(RECIPES)}")
-        _legal(self.base.bits, self.base.group_size, "")
+        check_legal(self.base.bits, self.base.group_size, "")
         if self.recipe == "portable":
             check_portable(self.base.bits, self.base.group_size)
         check_method(self.method)
@@ -56,8 +56,8 @@ class PlanOptions:
             raise PlanError("--recipe portable has a search of its own: leave --method out")
         if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
             raise PlanError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(sorted(DTYPE_NAMES.values()))}")
-        object.__setattr__(self, "_types", [_tensor_type(t) for t in self.tensor_types])
-        object.__setattr__(self, "_keep", [(_regex(k, "--keep"), k) for k in self.keep])
+        object.__setattr__(self, "_types", [tensor_type(t, DEFAULT_GROUP_SIZE) for t in self.tensor_types])
+        object.__setattr__(self, "_keep", [(pattern(k, "--keep"), k) for k in self.keep])
 
     @property
     def says_how(self) -> bool:
@@ -283,35 +283,3 @@ def _refuse_lossy(plan: TensorPlan) -> None:
             f"--exact: {info.name} would change from {info.dtype} to {plan.spec}: {way} keep its decoded values with "
             f"--keep '{info.name}' --dtype float32"
         )
-
-
-def _legal(bits: int, group_size: int, where: str) -> None:
-    try:
-        geometry.validate_affine(bits, group_size)
-    except FormatError as e:
-        raise PlanError(f"{where}{e}") from e
-
-
-def _texts(name: str, values: object) -> tuple[str, ...]:
-    if not isinstance(values, (tuple, list)) or not all(isinstance(v, str) for v in values):
-        raise PlanError(f"{name} must be a tuple or list of patterns, got {values!r}")
-    return tuple(values)
-
-
-def _regex(text: str, option: str) -> re.Pattern[str]:
-    if not text:
-        raise PlanError(f"{option} {text!r}: the pattern is empty")
-    try:
-        return re.compile(text)
-    except re.error as e:
-        raise PlanError(f"{option} {text!r} is not a regular expression: {e}") from e
-
-
-def _tensor_type(text: str) -> tuple[re.Pattern[str], int, int | None, str]:
-    pattern, separator, value = text.rpartition("=")
-    match = re.fullmatch(r"(\d+)(?::(\d+))?", value)
-    if not separator or not pattern or match is None:
-        raise PlanError(f"--tensor-type {text!r}: write REGEX=BITS or REGEX=BITS:GROUP, e.g. 'v_proj=6:64'")
-    bits, group_size = int(match[1]), int(match[2]) if match[2] else None
-    _legal(bits, DEFAULT_GROUP_SIZE if group_size is None else group_size, f"--tensor-type {text!r}: ")
-    return _regex(pattern, "--tensor-type"), bits, group_size, text
