@@ -172,7 +172,12 @@ GPT_OSS = {
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
     "num_local_experts": 4, "num_experts_per_tok": 2, "vocab_size": 320, "rms_norm_eps": 1e-5, "rope_theta": 150000.0,
     "sliding_window": 16, "tie_word_embeddings": False, "layer_types": ["sliding_attention", "full_attention"],
-    "max_position_embeddings": 512, "torch_dtype": "bfloat16", "bos_token_id": 257, "eos_token_id": 256,
+    "max_position_embeddings": 131072, "torch_dtype": "bfloat16", "bos_token_id": 257, "eos_token_id": 256,
+    "attention_bias": True, "swiglu_limit": 7.0,
+    "rope_scaling": {
+        "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+        "original_max_position_embeddings": 4096,
+    },
 }  # fmt: skip
 
 
