@@ -215,3 +215,36 @@ def make_gpt_oss(directory: Path) -> Path:
     write(directory / "model.safetensors", tensors)
     write_tokenizer(directory)
     return add_merge(directory)
+
+
+QWEN3_MOE = {
+    "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 128, "intermediate_size": 256,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "num_experts": 4,
+    "num_experts_per_tok": 2, "decoder_sparse_step": 1, "mlp_only_layers": [], "moe_intermediate_size": 64,
+    "norm_topk_prob": True, "vocab_size": 320, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "tie_word_embeddings": False,
+    "max_position_embeddings": 512, "torch_dtype": "bfloat16", "bos_token_id": 257, "eos_token_id": 256,
+}  # fmt: skip
+
+
+def make_packed_experts(directory: Path, name: str) -> Path:
+    """A mixture of experts whose matrices one of `PACKERS` packs, each expert a tensor of its own."""
+    packer, settings = PACKERS[name]
+    layer = "model.layers.0."
+    shapes = {"model.embed_tokens": (320, 128), "lm_head": (320, 128), f"{layer}mlp.gate": (4, 128)}
+    shapes |= {"model.norm": (128,), f"{layer}input_layernorm": (128,), f"{layer}post_attention_layernorm": (128,)}
+    shapes |= {f"{layer}self_attn.q_norm": (32,), f"{layer}self_attn.k_norm": (32,)}
+    shapes |= {f"{layer}self_attn.{n}_proj": (s, 128) for n, s in (("q", 128), ("k", 64), ("v", 64), ("o", 128))}
+    for e in range(4):
+        expert = f"{layer}mlp.experts.{e}."
+        shapes |= {f"{expert}gate_proj": (64, 128), f"{expert}up_proj": (64, 128), f"{expert}down_proj": (128, 64)}
+    tensors: Parts = {}
+    for module, w in random_tensors(shapes).items():
+        if module.endswith("_proj"):
+            tensors |= {f"{module}.{k}": v for k, v in packer(w).items()}
+        else:
+            tensors[f"{module}.weight"] = ("BF16", from_float32(w, "BF16"))
+    directory.mkdir()
+    (directory / "config.json").write_text(json.dumps(QWEN3_MOE | {"quantization_config": settings}))
+    write(directory / "model.safetensors", tensors)
+    write_tokenizer(directory)
+    return add_merge(directory)

@@ -7,7 +7,7 @@ import time
 import mlx.core as mx
 import numpy as np
 import pytest
-from packed_float_models import PACKERS, make_gpt_oss, make_packed_floats
+from packed_float_models import PACKERS, make_gpt_oss, make_packed_experts, make_packed_floats
 
 import mlxq
 from mlxq.architectures.parameters import ParameterMap
@@ -144,6 +144,35 @@ def test_gpt_oss_keeps_its_experts(tmp_path):
     again, _ = load_model(tmp_path / "out")
     again.set_dtype(mx.float32, lambda d: d == mx.bfloat16)
     np.testing.assert_array_equal(np.array(again(mx.array(TOKENS))), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "action", "grid"),
+    [
+        ("fp8-ue8m0", "repack", "mxfp8"),
+        ("fp8-blocks", "requantize", "8-bit group 128"),
+        ("ct-mxfp4", "repack", "mxfp4"),
+        ("bnb-nf4", "requantize", "6-bit group 128"),
+    ],
+)
+def test_experts_are_stacked(name, action, grid, tmp_path):
+    path = make_packed_experts(tmp_path / "source", name)
+    result = mlxq.convert(path, tmp_path / "out")
+    stacks = {p.info.name.split(".")[-2]: p for p in result.plan.tensors if p.info.module == "switch"}
+    assert {n: p.info.shape for n, p in stacks.items()} == {
+        "gate_proj": (4, 64, 128),
+        "up_proj": (4, 64, 128),
+        "down_proj": (4, 128, 64),
+    }
+    assert {p.action for p in stacks.values()} == {action}
+    assert str(stacks["up_proj"].spec) == grid
+    weights = decoded(path)
+    after = decoded(tmp_path / "out")
+    for plan in stacks.values():
+        error = rms(after[plan.info.name] - weights[plan.info.name]) / rms(weights[plan.info.name])
+        assert error == 0 if action == "repack" else 0 < error < 0.05
+    expected, found = stock_logits(path, weights), logits(path)
+    assert np.abs(found - expected).max() < 1e-3 * np.abs(expected).max()
 
 
 def test_what_cannot_be_read_is_refused_at_once(tmp_path):
