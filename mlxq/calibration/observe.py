@@ -218,7 +218,7 @@ class _Observed(Proxy):
         # A stack that is not called with experts is of a kind of which it is not known what multiplies what.
         if self._looks_up or (self._module.weight.ndim > 2 and not routed):
             return self._module(x, *args, **kwargs)
-        experts = _experts(x, args[0]) if routed else None
+        experts = rows_of_experts(x, args[0]) if routed else None
         return self._seen(x, experts, lambda: self._module(x, *args, **kwargs))
 
     def as_linear(self, x: mx.array) -> mx.array:
@@ -234,7 +234,7 @@ class _Observed(Proxy):
         if self._is_last:
             raise InputSeen
         y = compute()
-        return _watched(y, self._square(experts)) if self._gradients else y
+        return watched(y, self._square(experts)) if self._gradients else y
 
     def _count(self, x: mx.array, experts: tuple[mx.array, np.ndarray, int] | None) -> None:
         moments, into = self._into.moments, self._name
@@ -265,7 +265,7 @@ class _Observed(Proxy):
         return take
 
 
-def _experts(x: mx.array, indices: mx.array) -> tuple[mx.array, np.ndarray, int]:
+def rows_of_experts(x: mx.array, indices: mx.array) -> tuple[mx.array, np.ndarray, int]:
     """Rows of x as they go to the experts `indices`, the expert of each, and how many rows there are."""
     shape = (*indices.shape, *x.shape[-2:])
     rows = mx.broadcast_to(x, shape).reshape(-1, x.shape[-1])
@@ -273,7 +273,7 @@ def _experts(x: mx.array, indices: mx.array) -> tuple[mx.array, np.ndarray, int]
     return rows, which, len(which)
 
 
-def _watched(y: mx.array, take: Callable[[mx.array], None]) -> mx.array:
+def watched(y: mx.array, take: Callable[[mx.array], None]) -> mx.array:
     """`y`; what comes back to it is shown to `take`."""
 
     @mx.custom_function

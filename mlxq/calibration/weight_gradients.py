@@ -1,0 +1,101 @@
+"""Gradients of a block's matrices: what a change of their weights does to whatever is differentiated."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlxq.calibration.observe import rows_of_experts, watched
+from mlxq.runtime.block_layout import Proxy
+from mlxq.runtime.layers import with_float_weight
+from mlxq.runtime.weights import on_accelerator, to_mlx
+
+
+class WeightGradients:
+    """The matrices of a block while it computes with other weights, and their gradients.
+
+    Attributes:
+        found: parameter name -> float32 gradient, in the shape of the weights, summed since `clear`. What is missing
+            was not run backwards, or multiplies in a way that is not known.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[str, np.ndarray] = {}
+        self._layers: dict[str, _Differentiated] = {}
+
+    def put(self, weights: Mapping[str, np.ndarray]) -> None:
+        """Let the block compute with these, float32."""
+        for name, w in weights.items():
+            self._layers[name].put(to_mlx(w))
+
+    def clear(self) -> None:
+        self.found = {}
+
+    @contextlib.contextmanager
+    def of(self, owner: Any, prefix: str, names: list[str]) -> Iterator[None]:
+        """Layers whose weights are `names`, in `owner` whose path in the model is `prefix`, while the `with` lasts.
+
+        The layers are left with the weights that they were given last.
+        """
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                *parents, last = name.removesuffix(".weight").removeprefix(f"{prefix}.").split(".")
+                parent = owner
+                for part in parents:
+                    parent = parent[int(part)] if isinstance(parent, list) else parent[part]
+                layer = _Differentiated(parent[last], name, self.found_at)
+                parent[last] = self._layers[name] = layer
+                stack.callback(_give_back, parent, last, layer)
+            yield
+
+    def found_at(self, name: str, gradient: np.ndarray | None, expert: int | None, shape: tuple[int, ...]) -> None:
+        total = self.found.setdefault(name, np.zeros(shape, np.float32))
+        if expert is None:
+            total += gradient
+        else:
+            total[expert] += gradient
+
+
+def _give_back(parent: Any, name: str, layer: _Differentiated) -> None:
+    parent[name] = layer.unread
+
+
+class _Differentiated(Proxy):
+    """Stands where a matrix layer was."""
+
+    def __init__(self, layer: nn.Module, name: str, found_at: Any):
+        super().__init__(layer)
+        self._name = name
+        self._found_at = found_at
+
+    def put(self, weight: mx.array) -> None:
+        self._module = with_float_weight(self._module, weight)
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        y = self._module(x, *args, **kwargs)
+        routed = bool(args) and isinstance(args[0], mx.array)
+        if self._module.weight.ndim > 2 and not routed:
+            return y
+        rows, which, _ = rows_of_experts(x, args[0]) if routed else (x, None, 1)
+        kept = mx.stop_gradient(rows)
+        return watched(y, lambda gradient: self._take(kept, which, gradient))
+
+    def _take(self, x: mx.array, experts: np.ndarray | None, gradient: mx.array) -> None:
+        x, g = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (x, gradient))
+        shape = tuple(self._module.weight.shape)
+        if experts is None:
+            self._found_at(self._name, _product(g, x), None, shape)
+            return
+        for expert in np.unique(experts):
+            rows = mx.array(np.flatnonzero(experts == expert))
+            self._found_at(self._name, _product(g[rows], x[rows]), int(expert), shape)
+
+
+def _product(g: mx.array, x: mx.array) -> np.ndarray:
+    """`g.T @ x`, by BLAS on the CPU, where mlx's own product is slow."""
+    return np.asarray(g.T @ x) if on_accelerator() else np.asarray(g).T @ np.asarray(x)
