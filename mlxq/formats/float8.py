@@ -79,12 +79,13 @@ def spread(scales: np.ndarray, shape: tuple[int, ...], block: tuple[int, int], f
     return np.repeat(scales[..., rows, :], block[1], axis=-1)[..., : shape[-1]]
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """`scales * codes` in float32.
+def dequantize(codes: np.ndarray, scales: np.ndarray, block: tuple[int, int], first_row: int = 0) -> np.ndarray:
+    """`scales * codes` in float32 `[rows, K]`.
 
     Args:
-        codes: E4M3 as uint8, any shape.
-        scales: float32 that broadcasts to it.
+        codes: E4M3 as uint8 `[rows, K]`, the rows beginning with row `first_row` of the tensor.
+        scales: float32 `[R, C]`, of the whole tensor.
+        block: rows and columns that share a scale.
 
     Raises:
         FormatError: a code is NaN.
@@ -92,5 +93,9 @@ def dequantize(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
     if has_nan(codes):
         raise FormatError("an E4M3 code is NaN (0x7F or 0xFF)")
     w_hat = np.take(E4M3, codes)
-    w_hat *= scales
+    if codes.shape[1] % block[1]:
+        w_hat *= spread(scales, codes.shape, block, first_row)
+    else:
+        groups = w_hat.reshape(len(codes), -1, block[1])
+        groups *= scales[(first_row + np.arange(len(codes))) // block[0], :, None]
     return w_hat

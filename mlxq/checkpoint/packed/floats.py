@@ -17,8 +17,8 @@ from mlxq.types import QuantizedTensor, QuantSpec, TensorInfo
 
 #: Types that float scales are stored in.
 SCALES = ("F32", "BF16", "F16")
-#: Weights decoded at a time.
-_CHUNK = 1 << 20
+#: Weights decoded at a time, so that temporaries stay in the second-level cache.
+_CHUNK = 1 << 16
 _MX_GROUP = 32
 
 
@@ -71,9 +71,8 @@ class Fp8Matrix(Packed):
         step = max(_CHUNK // max(codes.shape[-1], 1), 1)
         for i in range(len(flat)):
             for start in range(0, codes.shape[-2], step):
-                part = flat_codes[i, start : start + step]
-                spread = float8.spread(scales[i], part.shape, self._block, first + start)
-                flat[i, start : start + step] = float8.dequantize(part, spread)
+                part = slice(start, start + step)
+                flat[i, part] = float8.dequantize(flat_codes[i, part], scales[i], self._block, first + start)
         return out
 
     def codes(self, raw: RawTensors, rows: slice | None) -> QuantizedTensor:

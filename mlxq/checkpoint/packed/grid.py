@@ -21,8 +21,8 @@ from mlxq.formats.geometry import AFFINE_BITS, AFFINE_GROUP_SIZES, PACKED_CODES
 from mlxq.formats.gptq import unpack_words
 from mlxq.types import QuantizedTensor, QuantSpec, TensorInfo
 
-#: Weights decoded at a time.
-_CHUNK = 1 << 20
+#: Weights decoded at a time, so that temporaries stay in the second-level cache.
+_CHUNK = 1 << 16
 
 
 class StoredGrid(NamedTuple):
@@ -125,17 +125,25 @@ class Grid(Packed):
         grid = self._checked(raw, rows)
         K = self.info.shape[-1]
         out = np.empty((len(grid.words), K), np.float32)
+        # Groups one after another are scaled as such, columns in another order each for itself.
+        contiguous = self.columns.groups is not None and self.columns.order is None
+        index = self.columns.groups if contiguous else self.columns.group_of
+
+        def of_columns(values: np.ndarray) -> np.ndarray:
+            return values[:, index, None] if contiguous else values[:, index]
+
         step = max(_CHUNK // max(K, 1), 1)
         for start in range(0, len(out), step):
             part = slice(start, start + step)
             q = unpack_words(grid.words[part], self.bits).astype(np.float32)
-            scales = to_float32(grid.scales[part], self.stored_dtype)[:, self.columns.group_of]
+            groups = q.reshape(len(q), len(index), -1) if contiguous else q
+            scales = of_columns(to_float32(grid.scales[part], self.stored_dtype))
             if grid.biases is not None:
-                np.multiply(q, scales, out=q)
-                q += to_float32(grid.biases[part], self.stored_dtype)[:, self.columns.group_of]
+                groups *= scales
+                groups += of_columns(to_float32(grid.biases[part], self.stored_dtype))
             else:
-                q -= grid.zero_points[part].astype(np.float32)[:, self.columns.group_of]
-                q *= scales
+                groups -= of_columns(grid.zero_points[part].astype(np.float32))
+                groups *= scales
             out[part] = q
         return out
 
