@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import mlx.core as mx
+import pytest
 
 #: All combinations run where this says so, and on a Mac, whose compiler is quick.
 EVERY = bool(os.environ.get("MLXQ_TEST_EVERY")) or mx.metal.is_available()
@@ -31,6 +32,11 @@ def pairwise(every: Sequence[tuple]) -> list[tuple]:
         chosen.append(best)
         missing -= _pairs(best)
     return chosen
+
+
+def quick_first(cases: Iterable, every: int) -> list:
+    """The first of each `every` cases; the others are marked slow."""
+    return [c if i % every == 0 else pytest.param(c, marks=pytest.mark.slow) for i, c in enumerate(cases)]
 
 
 def _pairs(case: tuple) -> set[tuple]:

@@ -42,9 +42,17 @@ def loaded(source: ParameterMap, compact: bool = False) -> nn.Module:
     return source.model
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("compact", [False, True], ids=["grids", "compact"])
-@pytest.mark.parametrize("type_name", BLOCK_TYPES)
+def ways() -> list:
+    """Each type in each way; quickly in one, in turn."""
+    both = [(compact, tied) for compact in (False, True) for tied in (False, True)]
+    return [
+        pytest.param(t, *way, marks=() if i % 4 == j else pytest.mark.slow)
+        for i, t in enumerate(BLOCK_TYPES)
+        for j, way in enumerate(both)
+    ]
+
+
+@pytest.mark.parametrize(("type_name", "compact", "tied"), ways())
 def test_logits_are_those_of_decoded_weights(tmp_path, type_name, compact, tied):
     path = write(tmp_path / "m.gguf", type_name, tied=tied)
     with open_checkpoint(path) as checkpoint:
