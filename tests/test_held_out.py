@@ -93,8 +93,8 @@ class Folded:
     def is_scaled(self, name: str) -> bool:
         return False
 
-    def unfolded(self, errors: np.ndarray, name: str, i: int) -> np.ndarray:
-        return errors
+    def undivided(self, rows: np.ndarray, name: str, i: int) -> np.ndarray:
+        return rows
 
 
 def made(fitted: np.ndarray, other: np.ndarray) -> Kept:

@@ -31,12 +31,14 @@ from mlxq.conversion.matrices import HELD_OUT_ROWS, Found, Matrices, held_out, o
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.conversion.scaling import Scaling
 from mlxq.errors import CalibrationError
-from mlxq.plan.methods import FEEDBACK, SCALING, is_calibrated
+from mlxq.plan.methods import FEEDBACK, is_calibrated
 from mlxq.plan.planner import Plan
 from mlxq.runtime.weights import to_mlx
 from mlxq.types import CancelToken, Progress, ProgressCallback
 from mlxq.writers.measured import counted
 
+#: Tokens that say which scales are best, as multiples of the widest input of a block.
+_SCALING_TOKENS = 4
 #: Tokens that say what goes into a head which is the embedding; more where it is wide.
 _HEAD_TOKENS = 4096
 #: Damping of the gradients' second moments at an embedding, whose free directions cost something where errors are
@@ -142,10 +144,12 @@ class Calibration:
         names: Sequence[str],
         stage: tuple[int, int] = (0, 2),
         last: str | None = None,
+        only: np.ndarray | None = None,
     ) -> Iterator[Observations]:
         """What goes into the matrices of a block; stacks of experts that have no room at once, some at a time.
 
-        `stage` says which part of the work on the block this is, and of how many; nothing is run after `last`.
+        `stage` says which part of the work on the block this is, and of how many; nothing is run after `last`, and of
+        the sequences `only` (bool `[S]`) those that it marks.
         """
         for turn in count():
             seen = Observations(room=self._room, turn=turn)
@@ -153,12 +157,16 @@ class Calibration:
                 done = 0
                 for which, hidden, marked in activations.apart(self._aside):
                     self.cancel.check()
+                    if only is not None:
+                        hidden, which = hidden[mx.array(np.flatnonzero(only[which]))], which[only[which]]
+                    if not len(which):
+                        continue
                     seen.weights = self._weights_of(which)
                     seen.aside = share_of(HELD_OUT_ROWS, len(which), self._aside) if marked else None
                     with contextlib.suppress(InputSeen):
                         mx.eval(block(hidden))
                     done += len(which)
-                    if turn == 0:
+                    if turn == 0 and only is None:
                         self._report(block.index, stage, done)
             yield seen
             names = seen.waiting()
@@ -186,28 +194,41 @@ class Calibration:
 
     def _quantize_block(self, block: Block, activations: Activations, names: Sequence[str]) -> None:
         """With scales, again without those with which a matrix loses more than by rounding to nearest without them."""
-        scales = any(self._plans[name].method in SCALING for name in names)
         # A model that runs whole would have to run once for each of its layers.
-        groups = self._groups(block, activations[0][:1, :1], names) if block.path and not scales else []
-        if groups:
-            self._store(block.index + 1, self._one_by_one(block, activations, groups), {})
-            return
+        groups = self._groups(block, activations[0][:1], names) if block.path else []
         scaling = self._scaling.of_block(block, activations[0][:1], names)
+        if scaling.has_places:
+            turns = self._observed(block, activations, names, only=self._some(names))
+            scaling.choose(next(turns))
+            turns.close()
+            self._matrices.forget()
+        changed = scaling.changed
         while True:
-            found = Found()
-            for seen in self._observed(block, activations, names):
-                scaling.choose(seen)
-                self._add(found, seen)
+            self.folded.put(block, changed)
+            found = self._one_by_one(block, activations, groups) if groups else self._at_once(block, activations, names)
             if not scaling.take_back(found.errors):
                 break
+            changed = sorted({*changed, *names})
         self._store(block.index + 1, found, scaling.arrays(), scaling.notes())
+
+    def _some(self, names: Sequence[str]) -> np.ndarray:
+        """Sequences that are enough to choose scales by, bool `[S]`, those that are held out among them."""
+        n, length = self.text.sequences.shape
+        wanted = _SCALING_TOKENS * max(self._plans[name].info.shape[-1] for name in names)
+        return self._aside | (np.arange(n) % max(1, n * length // wanted) == 0)
+
+    def _at_once(self, block: Block, activations: Activations, names: Sequence[str]) -> Found:
+        found = Found()
+        for seen in self._observed(block, activations, names):
+            self._add(found, seen)
+        return found
 
     def _groups(self, block: Block, hidden: mx.array, names: Sequence[str]) -> list[list[str]]:
         """Matrices by what goes into them, in the order of their use; none where one is used more than once."""
-        seen = Observations()
+        seen = Observations(room=self._room)
         with observing(block.module, block.path, names, seen):
             mx.eval(block(hidden))
-        again = any(len(m.counts) == 1 and m.counts[0] > 1 for m in seen.moments.values())
+        again = any(len(m.counts) == 1 and m.counts[0] > hidden.shape[1] for m in seen.moments.values())
         return [] if again else seen.by_input()
 
     def _one_by_one(self, block: Block, activations: Activations, groups: list[list[str]]) -> Found:

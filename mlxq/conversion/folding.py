@@ -67,14 +67,14 @@ class FoldedParameters:
         plan = self._plans[name]
         return floats.from_float32(w, plan.dtype) if plan.action == "keep" and plan.dtype in FLOAT_BYTES else w
 
-    def unfolded(self, errors: np.ndarray, name: str, i: int = 0) -> np.ndarray:
-        """Errors `[N, K]` of scaled weights (of one of a stack), as they are to the model without the scales."""
-        columns, divisors = self.columns(name, i), self._rows.get(name)
-        if columns is not None:
-            errors = errors / columns
-        if divisors is not None:
-            errors = errors * (divisors if divisors.ndim == 1 else divisors[i])[:, None]
-        return errors
+    def undivided(self, rows: np.ndarray, name: str, i: int = 0) -> np.ndarray:
+        """Rows `[N, K]` of a scaled matrix (of one of a stack), or their errors, without what divides its outputs."""
+        divisors = self._rows.get(name)
+        return rows if divisors is None else rows * (divisors if divisors.ndim == 1 else divisors[i])[:, None]
+
+    def parameters_of(self, fold: Fold) -> list[str]:
+        """Names of all that a fold changes."""
+        return [n for n in (fold.made_by, _bias_of(fold.made_by), *fold.taken_by) if n in self._plans]
 
     def columns(self, name: str, i: int = 0) -> np.ndarray | None:
         """What a matrix's inputs are divided by, float32 `[K]`; None where they are not."""

@@ -114,23 +114,19 @@ class Matrices:
     def made(self, name: str, i: int, moments: Moments, curvature: Curvature | None) -> Kept:
         """What loses least on sequences that are held out: the method's codes, or those of rounding to nearest.
 
-        Where rounding wins over error feedback, a search is tried, too. Errors are those of the model as it was before
-        anything was scaled, and so is what was rounded to nearest for `Kept.errors`.
+        Where rounding wins over error feedback, a search is tried, too. Inputs are those of the scaled model; what is
+        rounded to nearest for `Kept.errors` are the weights before they were scaled.
         """
         plan, folded = self.plans[name], self.folded
         curvature = curvature if plan.method in FEEDBACK else None
         importance = self.importance_of(moments, i, curvature)
-        columns = folded.columns(name, i)
-        if columns is not None:
-            curvature = curvature and curvature.scaled(columns)
-            importance = importance / columns**2
         w = self.weights(name, i)
         errors_of = held_out_errors(moments, i)
-        size = max(errors_of(folded.unfolded(w, name, i)), 1e-30)
+        size = max(errors_of(folded.undivided(w, name, i)), 1e-30)
         found: list[tuple[float, str, Codes]] = []
 
         def try_it(method: str, made: tuple[Codes, np.ndarray]) -> float:
-            found.append((errors_of(folded.unfolded(w - made[1], name, i)) / size, method, made[0]))
+            found.append((errors_of(folded.undivided(w - made[1], name, i)) / size, method, made[0]))
             return found[-1][0]
 
         searched = {"importance": importance, "sweeps": self._sweeps}
@@ -139,8 +135,9 @@ class Matrices:
         if plain < own and curvature is not None:
             try_it("search", self.coder.quantize(w, plan, **searched))
         if folded.is_scaled(name):
-            before = self.weights(name, i, scaled=False)
-            plain = errors_of(before - self.coder.rounded(before, plan)[1]) / size
+            before, columns = self.weights(name, i, scaled=False), folded.columns(name, i)
+            lost = before - self.coder.rounded(before, plan)[1]
+            plain = errors_of(lost if columns is None else lost * columns) / size
         error, method, codes = min(found, key=lambda f: f[0])
         return Kept(codes, method, np.array([error, plain]))
 

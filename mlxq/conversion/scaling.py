@@ -85,17 +85,22 @@ class BlockScaling:
         self._matrices = matrices
         self._places = places
         self._refused = refused
-        self._is_chosen = False
 
     @property
     def _applied(self) -> list[Fold]:
         return [f for f in self._places if f.made_by in self._matrices.folded.folds]
 
+    @property
+    def has_places(self) -> bool:
+        return bool(self._places)
+
+    @property
+    def changed(self) -> list[str]:
+        """Parameters that are scaled."""
+        return sorted({n for f in self._applied for n in self._matrices.folded.parameters_of(f)})
+
     def choose(self, seen: Observations) -> None:
-        """Find scales and apply them, the first time."""
-        if self._is_chosen:
-            return
-        self._is_chosen = True
+        """Find scales and apply them; `seen` are inputs of the block as it is without."""
         found = {f: best_scales(f, offset, seen, self._matrices) for f, offset in self._places.items()}
         for fold, s in found.items():
             if s is not None:
