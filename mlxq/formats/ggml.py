@@ -17,7 +17,7 @@ weight `i + 16` in its high nibble; bit `j` of the little-endian uint32 `qh` is 
 
 F32, F16 and BF16 are arrays of their elements. All arithmetic is float32.
 
-MXFP4 is MLX's mode mxfp4 in another order (`float_modes.from_blocks`).
+MXFP4 and NVFP4 are MLX's modes mxfp4 and nvfp4 in another order (`float_modes.from_blocks`).
 Some types are an affine grid (`w_hat = scales * q + biases`) of the same weights; `v` is a value of a table, `sc` and
 `m` scale and min of a sub-block. The float type is the smallest that holds all scales and biases of the type:
 
@@ -93,8 +93,8 @@ class _Grid:
 
 
 def affine_spec(name: str) -> QuantSpec | None:
-    """The grid of MLX that holds a ggml type's weights exactly, or None: affine, but for MXFP4."""
-    return _MXFP4 if name == "MXFP4" else _GRIDS[name].spec if name in _GRIDS else None
+    """The grid of MLX that holds a ggml type's weights exactly, or None: affine, or a float mode."""
+    return _MODES[name] if name in _MODES else _GRIDS[name].spec if name in _GRIDS else None
 
 
 def affine_scales_dtype(name: str) -> str | None:
@@ -141,14 +141,14 @@ def to_affine(blocks: np.ndarray, name: str) -> QuantizedTensor:
 
     Args:
         blocks: uint8 `[..., row_bytes]`, whole blocks.
-        name: one of the types in this module's second table, or MXFP4.
+        name: one of the types in this module's second table, MXFP4 or NVFP4.
 
     Raises:
         FormatError: a type with no affine grid, rows that are not whole blocks, scales that are not finite, or an
             offset (`-8 d` and the like) beyond the largest number of its float type.
     """
-    if name == "MXFP4":
-        return _to_mxfp4(_as_blocks(blocks, name), blocks.shape)
+    if name in _MODES:
+        return _to_mode(_as_blocks(blocks, name), blocks.shape, name)
     grid = _GRIDS.get(name)
     if grid is None:
         raise FormatError(f"ggml type {name!r} has no affine grid: the types that have one are {', '.join(_GRIDS)}")
@@ -215,12 +215,18 @@ def _iq4_grid(blocks: np.ndarray, name: str) -> _Parts:
     return _Parts((iq4.VALUES.view(np.uint8) ^ np.uint8(0x80))[parts.codes], scales, _times(scales, -128))
 
 
-def _to_mxfp4(flat: np.ndarray, shape: tuple[int, ...]) -> QuantizedTensor:
-    w_q, scales = float_modes.from_blocks(flat, "mxfp4")
-    float_modes.check(w_q, scales, "mxfp4")
-    lead, n_groups = shape[:-1], shape[-1] // block_format("MXFP4").type_size
-    w_q, scales = w_q.reshape(*lead, -1), scales.reshape(*lead, n_groups)
-    return QuantizedTensor(w_q, scales, None, _MXFP4, (*lead, n_groups * _BLOCK), _MXFP4.mode)
+def _to_mode(flat: np.ndarray, shape: tuple[int, ...], name: str) -> QuantizedTensor:
+    spec = _MODES[name]
+    w_q, scales = float_modes.from_blocks(flat, spec.mode)
+    if name == "NVFP4":
+        if (scales == 0xFF).any():
+            raise FormatError("a scale is 255, which ggml reads as 480: more than E4M3 holds")
+        # What ggml makes of the other bytes: no sign, and 0 for NaN.
+        scales[scales == 0x7F] = 0
+        scales &= 0x7F
+    float_modes.check(w_q, scales, spec.mode)
+    w_q, scales = (a.reshape(*shape[:-1], -1) for a in (w_q, scales))
+    return QuantizedTensor(w_q, scales, None, spec, (*shape[:-1], scales.shape[-1] * spec.group_size), spec.mode)
 
 
 def _ternary_grid(blocks: np.ndarray, name: str) -> _Parts:
@@ -235,7 +241,7 @@ def _times(scales: np.ndarray, n: int) -> np.ndarray:
         return scales * scales.dtype.type(n)
 
 
-_MXFP4 = QuantSpec(4, 32, "mxfp4")
+_MODES = {"MXFP4": QuantSpec(4, 32, "mxfp4"), "NVFP4": QuantSpec(4, 16, "nvfp4")}
 _GRIDS = {name: _Grid(QuantSpec(x.bits, _BLOCK), "F16", _simple_grid) for name, x in _LAYOUTS.items()}
 _GRIDS |= {
     "Q4_K": _Grid(QuantSpec(4, 32), "F32", _super_block_grid),

@@ -47,7 +47,6 @@ RECODINGS = {
     "IQ2_XXS": Recoding(0.345, QuantSpec(4, 128), 0.100),
     "IQ1_M": Recoding(0.454, QuantSpec(3, 64), 0.180),
     "IQ1_S": Recoding(0.487, QuantSpec(3, 128), 0.168),
-    "NVFP4": Recoding(0.103, QuantSpec(6, 128), 0.0240),
 }
 
 #: Formats of other tools than ggml's: codes that are no grid, or floats under scales that MLX has no place for. Their

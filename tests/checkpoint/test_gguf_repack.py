@@ -106,7 +106,7 @@ def manifest(out: Path) -> dict[str, dict]:
     return {t["name"]: t for t in json.loads((out / "mlxq.json").read_text())["tensors"]}
 
 
-GRIDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "MXFP4", "TQ1_0", "TQ2_0"]
+GRIDS = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0"]
 
 
 @pytest.mark.parametrize("type_name", GRIDS)
@@ -143,7 +143,7 @@ def test_rounded_scales_are_stated(tmp_path: Path, llama_of, type_name: str, dty
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize("type_name", ["Q6_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S", "NVFP4"])
+@pytest.mark.parametrize("type_name", ["Q6_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS", "IQ3_S"])
 def test_new_codes_are_measured(tmp_path: Path, llama_of, type_name: str) -> None:
     source, out = llama_of(type_name), tmp_path / "out"
     result = convert(source, out, verify=False)

@@ -120,7 +120,7 @@ def test_every_type_equals_ggml_for_any_bytes(name):
 def test_the_table_of_types_is_the_decoders():
     decodable = {t.name for t in gguf.quants._type_traits} | {"F32", "F16"}
     assert set(ggml.READABLE) <= decodable
-    assert {n for n in ggml.READABLE if ggml.affine_spec(n)} == {*GRIDS, "MXFP4"}
+    assert {n for n in ggml.READABLE if ggml.affine_spec(n)} == {*GRIDS, "MXFP4", "NVFP4"}
 
 
 @pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -226,13 +226,22 @@ def test_no_rows():
     assert ggml.dequantize(np.zeros((0, 20), np.uint8), "Q4_1").shape == (0, 32)
 
 
-def test_mxfp4_is_a_mode_of_mlx():
-    blocks = finite_blocks("MXFP4", 400)[:360].reshape(3, -1)
-    t = ggml.to_affine(blocks, "MXFP4")
-    assert (str(t.spec), t.dtype, t.biases, t.shape) == ("mxfp4", "mxfp4", None, (3, 120 * 32))
-    assert (ggml.affine_spec("MXFP4"), ggml.affine_scales_dtype("MXFP4")) == (t.spec, None)
-    expected = gguf.quants.dequantize(blocks, gguf.GGMLQuantizationType.MXFP4)
-    np.testing.assert_array_equal(crossings.dequantize(t), expected)
-    blocks[1, 17] = 255
-    with pytest.raises(FormatError, match="a scale is 255"):
-        ggml.to_affine(blocks, "MXFP4")
+@pytest.mark.parametrize(("name", "mode", "K"), [("MXFP4", "mxfp4", 32), ("NVFP4", "nvfp4", 64)])
+def test_four_bit_floats_are_modes_of_mlx(name, mode, K):
+    n = 360 if name == "MXFP4" else 600
+    blocks = finite_blocks(name, 400)[:n] if name == "MXFP4" else any_blocks(name, n)
+    scales = blocks[:, : K // 16] if name == "NVFP4" else blocks[:, :1]
+    scales[scales == 255] = 127
+    blocks = blocks.reshape(3, -1)
+    t = ggml.to_affine(blocks, name)
+    assert (str(t.spec), t.dtype, t.biases, t.shape) == (mode, mode, None, (3, n // 3 * K))
+    assert (ggml.affine_spec(name), ggml.affine_scales_dtype(name)) == (t.spec, None)
+    np.testing.assert_array_equal(crossings.dequantize(t), ggml.dequantize(blocks, name).reshape(t.shape))
+
+
+def test_an_exponent_that_stands_for_nan():
+    for name in ("MXFP4", "NVFP4"):
+        blocks = np.zeros((3, 2 * block_format(name).type_size), np.uint8)
+        blocks[1, block_format(name).type_size] = 255
+        with pytest.raises(FormatError, match="a scale is 255"):
+            ggml.to_affine(blocks, name)

@@ -21,7 +21,7 @@ from mlxq.runtime import attention, layers, load, weights
 from mlxq.runtime.blocks import StreamedModel
 
 #: Those that are no affine grid.
-KEPT = [t for t in BLOCK_TYPES if t.startswith(("IQ1", "IQ2", "IQ3")) or t in ("Q2_K", "Q3_K", "Q6_K", "NVFP4")]
+KEPT = [t for t in BLOCK_TYPES if t.startswith(("IQ1", "IQ2", "IQ3")) or t in ("Q2_K", "Q3_K", "Q6_K")]
 
 
 @pytest.fixture(autouse=True)
