@@ -141,6 +141,14 @@ def test_gptq_weights_tokens_by_what_was_measured(tmp_path: Path, place: Path) -
         run(place, tmp_path / "c.gguf", type="Q4_K_M", costs=place / "costs")
 
 
+def test_what_does_not_go_with_a_budget_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    both = [tmp_path / "a", tmp_path / "b.gguf"]
+    with pytest.raises(PlanError, match="a budget is for one output"):
+        convert(tmp_path / "none", both, recipe="portable", target_bpw=5)
+    with pytest.raises(PlanError, match="leave --imatrix out"):
+        convert(tmp_path / "none", both[1], imatrix=tmp_path / "m.dat", target_bpw=5)
+
+
 def test_files_of_mlx_grids_alone_are_read(tmp_path: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = Costs.read(place / "costs")
     old = Costs({"a": {QuantSpec(4, 64): 0.5}}, costs.sensitivity, "x")

@@ -11,6 +11,7 @@ from mlxq.api import DEFAULT_CONTEXT, public
 from mlxq.conversion.job import ConversionResult, Job
 from mlxq.conversion.request import GGUF_SUFFIX, BudgetRequest, CalibrationRequest, GgufRequest, is_gguf, size_in_bytes
 from mlxq.errors import PlanError
+from mlxq.plan.methods import CALIBRATED
 from mlxq.plan.planner import Plan, PlanOptions
 from mlxq.types import CancelToken, ProgressCallback
 
@@ -40,6 +41,7 @@ def convert(
     calib_sequences: int = 128,
     calib_length: int = 512,
     seed: int = 0,
+    tune: int = 0,
     max_memory: str | None = None,
     target_bpw: float | None = None,
     target_size: str | None = None,
@@ -84,6 +86,8 @@ def convert(
         calib: calibration text: `builtin`, `self` (the model writes it), or a file of text or JSON lines.
         calib_sequences, calib_length: how much of it is read, and in sequences of how many tokens.
         seed: of what is drawn: the model's own text, and the tokens that sensitivities are measured with.
+        tune: gradient steps for each block, after its codes are chosen: they go on to move scales, biases and codes
+            until the block gives what the float model's block gives. 0: none.
         max_memory: such as `8GB`: beyond it, hidden states of the text wait in a temporary file.
         target_bpw, target_size, fit, target_kl: a budget, one of the four: bits per weight, a size such as `4.2GB`,
             the memory of the machine that has to hold weights and a cache of `context` tokens, or the divergence from
@@ -100,7 +104,8 @@ def convert(
         revision: branch, tag or commit of a Hub id.
         overwrite: replace an existing result, on success only.
         verify: run source and result over a short text, and fail when the result is broken.
-        dry_run: plan only; nothing is read but headers, nothing is written.
+        dry_run: plan only; nothing is read but headers and what a budget is measured on, nothing is written but the
+            files of `costs` and `plan`.
         on_plan: called with the plan, before any work.
         progress: called with `Progress` events, from this thread.
         cancel: stops the conversion within one chunk of rows.
@@ -131,9 +136,13 @@ def convert(
         calib_length,
         seed,
         max_memory=size_in_bytes(max_memory) if max_memory else None,
+        tune=tune,
     )
+    if tune and method not in CALIBRATED:
+        raise PlanError(f"--tune goes on from what a text has chosen: give a --method of {', '.join(CALIBRATED)}")
     job = Job(source, outputs[0], revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
     if len(outputs) > 1:
+        _refuse({"a budget": budget or None}, "one output, not for the portable recipe's two")
         _refuse({"--type": type, "--method": method}, "a GGUF file alone; the portable recipe takes --bits")
         _refuse({"--costs": costs, "--plan": plan}, "one output, not for the portable recipe's two")
         options = PlanOptions(bits, group_size, recipe, tensor_types, keep, dtype, exact, method)
@@ -142,6 +151,7 @@ def convert(
 
         return to_both(job, outputs, options, request, imatrix)
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
+    of_mlx["--tune"] = tune or None
     if to_file:
         if recipe == "portable":
             raise PlanError("--recipe portable makes an MLX directory first: name that with an --output of its own")
