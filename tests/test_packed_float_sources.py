@@ -214,3 +214,17 @@ def test_nan_found_while_writing_leaves_nothing(tmp_path):
     with pytest.raises(mlxq.MlxqError, match=r"down_proj\.weight.*an E4M3 code is NaN"):
         mlxq.convert(tmp_path / "broken", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["ct-mxfp4", "fp8-blocks"])
+def test_llama_cpp_computes_the_same(name, tmp_path):
+    llamacpp = pytest.importorskip("llamacpp", reason="llama.cpp (PyPI xllamacpp) is not installed")
+    path = make_packed_floats(tmp_path / "source", name)
+    mlxq.convert(path, tmp_path / "out.gguf", exact=True)
+    ids = TOKENS[0]
+    found = llamacpp.LlamaCpp(tmp_path / "out.gguf").logprobs(ids, 20)
+    last = stock_logits(path, decoded(path))[0, -1].astype(np.float64)
+    expected = last - np.log(np.exp(last - last.max()).sum()) - last.max()
+    # llama.cpp rounds activations before it multiplies: to 8 bits for blocks, to bfloat16 for the head.
+    assert len(found) == 20
+    assert all(abs(p - expected[token]) < 0.05 for token, p in found.items())
