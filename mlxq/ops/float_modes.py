@@ -95,7 +95,7 @@ def gather_quantized_matmul(
             return _product(rows, w[expert], s[expert], mode, transpose)
 
         columns = w.shape[1] if transpose else weights[-1]
-        y = numpy_backend._gather(to_numpy(x), len(w), columns, indices, multiply)
+        y = numpy_backend.gather(to_numpy(x), len(w), columns, indices, multiply)
         return to_kind(from_float32(y, dtype_of(to_numpy(x))), kind)
 
     return _differentiable(product, kind, transpose)(x)

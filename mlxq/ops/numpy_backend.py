@@ -86,7 +86,7 @@ def gather_quantized_matmul(
     def multiply(rows: np.ndarray, expert: int) -> np.ndarray:
         return _packed_product(rows, w_q[expert], scales[expert], biases[expert], transpose, bits, group_size)
 
-    y = _gather(x, len(w_q), N, rhs_indices, multiply)
+    y = gather(x, len(w_q), N, rhs_indices, multiply)
     return from_float32(y, promote(dtype_of(x), dtype_of(scales)))
 
 
@@ -98,7 +98,7 @@ def matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
 
 @_quiet
 def gather_matmul(x: np.ndarray, w: np.ndarray, rhs_indices: np.ndarray, sorted_indices: bool) -> np.ndarray:
-    y = _gather(x, len(w), w.shape[1], rhs_indices, lambda rows, expert: _matmul(rows, w[expert]))
+    y = gather(x, len(w), w.shape[1], rhs_indices, lambda rows, expert: _matmul(rows, w[expert]))
     return from_float32(y, promote(dtype_of(x), dtype_of(w)))
 
 
@@ -119,7 +119,7 @@ def gather_block_matmul(
     def multiply(rows: np.ndarray, expert: int) -> np.ndarray:
         return block_products.matmul(rows, blocks[expert], type_name)
 
-    return from_float32(_gather(x, len(blocks), blocks.shape[1], rhs_indices, multiply), dtype_of(x))
+    return from_float32(gather(x, len(blocks), blocks.shape[1], rhs_indices, multiply), dtype_of(x))
 
 
 def promote(a: str, b: str) -> str:
@@ -199,7 +199,7 @@ def _matmul(x: np.ndarray, w: np.ndarray) -> np.ndarray:
     return y
 
 
-def _gather(
+def gather(
     x: np.ndarray, n_experts: int, N: int, rhs_indices: np.ndarray, multiply: Callable[[np.ndarray, int], np.ndarray]
 ) -> np.ndarray:
     """Send each `[M, K]` of x to its expert: float32 `[*batch, M, N]`, batch being x's axes broadcast with indices."""

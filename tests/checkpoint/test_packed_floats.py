@@ -311,3 +311,35 @@ def test_columns_out_of_order(tmp_path):
     words = case.tensors["weight_packed"][1].view(np.uint32)
     codes = (words[:, :, None] >> np.arange(0, 32, 4, dtype=np.uint32) & 15).reshape(32, 256).astype(np.float32) - 8
     np.testing.assert_array_equal(w, codes * to_float32(scales, dtype)[:, group_of])
+
+
+@pytest.mark.parametrize("spelt", [[16, 64], "16x64"])
+def test_blocks_in_either_spelling(spelt, tmp_path):
+    settings = json.loads(json.dumps(cases()["ct-fp8-block"].settings))
+    settings["config_groups"]["group_0"]["weights"]["block_structure"] = spelt
+    with open_checkpoint(write_layer(tmp_path, changed("ct-fp8-block", **settings))) as checkpoint:
+        assert checkpoint.read(NAME).shape == (32, 256)
+    settings["config_groups"]["group_0"]["weights"]["block_structure"] = "16 by 64"
+    with pytest.raises(CheckpointError, match=r"block_structure is '16 by 64', but must be two positive integers"):
+        open_checkpoint(write_layer(tmp_path, changed("ct-fp8-block", **settings)))
+
+
+def test_embeddings_and_scales_of_a_cache(tmp_path):
+    """An embedding's group is claimed by its class; scales of the key-value cache are no tensors of a model."""
+    case = changed("ct-int4-g128", config_groups={"a": GROUP | {"targets": ["Embedding"]}})
+    with open_checkpoint(write_layer(tmp_path / "a", case, "model.embed_tokens")) as checkpoint:
+        assert list(checkpoint.tensors) == ["model.embed_tokens.weight"]
+    with pytest.raises(CheckpointError, match="no config group claims it"):
+        open_checkpoint(write_layer(tmp_path / "b", case))
+    scales = {"k_scale": ("F32", np.ones(1, np.float32)), "input_scale": ("F32", np.ones(1, np.float32))}
+    with open_checkpoint(write_layer(tmp_path / "c", changed("fp8-tensor", scales))) as checkpoint:
+        assert list(checkpoint.tensors) == [NAME]
+
+
+def test_nvfp4_without_a_scale_of_its_own_is_mlx_s(tmp_path):
+    case = changed("ct-nvfp4", {"weight_global_scale": ("F32", np.ones(1, np.float32))})
+    with open_checkpoint(write_layer(tmp_path, case)) as checkpoint:
+        info = checkpoint.tensors[NAME]
+        assert (info.dtype, str(info.spec)) == ("nvfp4", "nvfp4")
+        w_hat = crossings.dequantize(checkpoint.read_quantized(NAME))
+        np.testing.assert_array_equal(w_hat, checkpoint.read(NAME))

@@ -120,6 +120,13 @@ def _texts(value: Any, where: str) -> list[str]:
     return value
 
 
+def _block(value: Any, where: str) -> tuple[int, int]:
+    """Rows and columns of a block, which older versions write as `128x128`."""
+    if isinstance(value, str) and re.fullmatch(r"\d{1,6}x\d{1,6}", value):
+        value = [int(n) for n in value.split("x")]
+    return valid_block(value, where)
+
+
 def _weights(args: Any, format_: Any, where: str) -> Weights:
     if not isinstance(args, dict):
         raise CheckpointError(f"{where}: weights is {quoted(args)}, but must be an object")
@@ -152,6 +159,6 @@ def _weights(args: Any, format_: Any, where: str) -> Weights:
         raise CheckpointError(f"{where}: floats with zero points cannot be read")
     if args.get("dynamic") is True:
         raise CheckpointError(f"{where}: weights are `dynamic`, so that no scales are stored for them")
-    block = valid_block(args.get("block_structure"), f"{where}: block_structure") if strategy == "block" else None
+    block = _block(args.get("block_structure"), f"{where}: block_structure") if strategy == "block" else None
     size = group_size if strategy in ("group", "tensor_group") else -1
     return Weights(format_, bits, kind, strategy, bool(symmetric), size, block)
