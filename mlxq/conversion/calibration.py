@@ -157,10 +157,11 @@ class Calibration:
                 done = 0
                 for which, hidden, marked in activations.apart(self._aside):
                     self.cancel.check()
-                    if only is not None:
-                        hidden, which = hidden[mx.array(np.flatnonzero(only[which]))], which[only[which]]
-                    if not len(which):
-                        continue
+                    if only is not None and not only[which].all():
+                        some = np.flatnonzero(only[which])
+                        if not len(some):
+                            continue
+                        hidden, which = hidden[mx.array(some)], which[some]
                     seen.weights = self._weights_of(which)
                     seen.aside = share_of(HELD_OUT_ROWS, len(which), self._aside) if marked else None
                     with contextlib.suppress(InputSeen):
