@@ -228,3 +228,19 @@ def test_llama_cpp_computes_the_same(name, tmp_path):
     # llama.cpp rounds activations before it multiplies: to 8 bits for blocks, to bfloat16 for the head.
     assert len(found) == 20
     assert all(abs(p - expected[token]) < 0.05 for token, p in found.items())
+
+
+@pytest.mark.parametrize(("name", "kind"), [("ct-mxfp4", ("repack", "MXFP4")), ("fp8-ue8m0", ("requantize", "Q8_0"))])
+def test_experts_in_a_gguf_file(name, kind, tmp_path):
+    path = make_packed_experts(tmp_path / "source", name)
+    result = mlxq.convert(path, tmp_path / "out.gguf")
+    assert {(p.action, p.dtype) for p in result.plan.tensors if p.info.module == "switch"} == {kind}
+    assert result.verification.passed
+    if kind[0] == "repack":
+        assert result.verification.n_identical == result.plan.n_weights
+        # And on to MLX: the mode again.
+        back = mlxq.convert(tmp_path / "out.gguf", tmp_path / "back", verify=False)
+        assert {str(p.spec) for p in back.plan.tensors if p.info.module == "switch"} == {"mxfp4"}
+        before, after = decoded(path), decoded(tmp_path / "back")
+        for tensor, w in before.items():
+            np.testing.assert_array_equal(after[tensor], w, err_msg=tensor)

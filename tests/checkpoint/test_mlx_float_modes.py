@@ -130,3 +130,12 @@ def test_scales_that_are_no_numbers_are_refused(tmp_path):
     with pytest.raises(MlxqError, match=r"up_proj\.weight.*a scale is 255, which is NaN in E8M0"):
         mlxq.convert(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_scale_of_the_whole_tensor_is_refused(tmp_path):
+    path = quantized_by_mlx(tmp_path / "m", "nvfp4")
+    weights = mx.load(str(path / "model.safetensors"))
+    weights["model.layers.0.mlp.up_proj.global_scale"] = mx.array(0.5)
+    mx.save_safetensors(str(path / "model.safetensors"), weights, {"format": "mlx"})
+    with pytest.raises(CheckpointError, match=r"up_proj\.weight' has a global_scale"):
+        open_checkpoint(path)

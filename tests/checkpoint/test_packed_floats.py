@@ -343,3 +343,20 @@ def test_nvfp4_without_a_scale_of_its_own_is_mlx_s(tmp_path):
         assert (info.dtype, str(info.spec)) == ("nvfp4", "nvfp4")
         w_hat = crossings.dequantize(checkpoint.read_quantized(NAME))
         np.testing.assert_array_equal(w_hat, checkpoint.read(NAME))
+
+
+@pytest.mark.parametrize("name", ["fp8-blocks", "fp8-ue8m0", "fp8-rows"])
+def test_stacks_are_read_by_matrices(name, tmp_path):
+    """Experts stored as one tensor `[experts, N, K]`: each as it would be alone."""
+    case = cases()[name]
+    with open_checkpoint(write_layer(tmp_path / "one", case)) as checkpoint:
+        alone = checkpoint.read(NAME)
+    stacked = {k: (dtype, np.stack([a, np.roll(a, 1, 0), a])) for k, (dtype, a) in case.tensors.items()}
+    with open_checkpoint(write_layer(tmp_path / "all", case._replace(tensors=stacked))) as checkpoint:
+        w = checkpoint.read(NAME)
+        assert w.shape == (3, *alone.shape)
+        np.testing.assert_array_equal(w[0], alone)
+        np.testing.assert_array_equal(checkpoint.read(NAME, slice(1, 3)), w[1:])
+        if checkpoint.tensors[NAME].spec is not None:
+            q = checkpoint.read_quantized(NAME, slice(2, 3))
+            np.testing.assert_array_equal(crossings.dequantize(q)[0], alone)

@@ -151,7 +151,7 @@ class GgufCheckpoint(Checkpoint):
             return quantized
         lead = (-1, *tensor.shape[1:-1])
         parts = {k: getattr(quantized, k) for k in ("w_q", "scales", "biases")}
-        parts = {k: a.reshape(*lead, a.shape[-1]) for k, a in parts.items()}
+        parts = {k: a.reshape(*lead, a.shape[-1]) for k, a in parts.items() if a is not None}
         return replace(quantized, **parts, shape=(parts["w_q"].shape[0], *tensor.shape[1:]))
 
     def read_blocks(self, name: str, rows: slice | None = None) -> np.ndarray:
