@@ -111,8 +111,8 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path, source: Path, text:
 def test_on_disk_equals_in_memory(tmp_path: Path, source: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mlxq.calibration import activations
 
-    spooled, spool = [], activations.spool
-    monkeypatch.setattr(activations, "spool", lambda *a: spooled.append(a) or spool(*a))
+    spooled, room = [], activations.room_on_disk
+    monkeypatch.setattr(activations, "room_on_disk", lambda *a: spooled.append(a) or room(*a))
     run(source, tmp_path / "a" / "out", text)
     assert not spooled
     run(source, tmp_path / "b" / "out", text, max_memory="100KB")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from math import prod
+from typing import IO
 
 import mlx.core as mx
 import numpy as np
 
-from mlxq.runtime.spool import spool
+from mlxq.runtime.spool import room_on_disk
 from mlxq.runtime.weights import to_mlx
 
 
@@ -22,13 +24,18 @@ class Activations:
         self.chunks = [slice(i, min(i + chunk, n_sequences)) for i in range(0, n_sequences, chunk)]
         self._on_disk = on_disk
         self._held: dict[int, mx.array] = {}
-        self._file: np.ndarray | None = None
+        #: Read and written, not mapped: mapped pages count as memory that is in use.
+        self._file: IO[bytes] | None = None
+        self._shape: tuple[int, ...] = ()
         self._dtype: mx.Dtype | None = None
 
     def __getitem__(self, i: int) -> mx.array:
         if self._file is None:
             return self._held[i]
-        return to_mlx(np.array(self._file[self.chunks[i]])).astype(self._dtype)
+        part = self.chunks[i]
+        row = 4 * prod(self._shape)
+        found = os.pread(self._file.fileno(), (part.stop - part.start) * row, part.start * row)
+        return to_mlx(np.frombuffer(found, np.float32).reshape(-1, *self._shape)).astype(self._dtype)
 
     def __setitem__(self, i: int, hidden: mx.array) -> None:
         mx.eval(hidden)
@@ -36,11 +43,11 @@ class Activations:
             self._held[i] = hidden
             return
         if self._file is None:
-            n = self.chunks[-1].stop
-            self._dtype = hidden.dtype
-            flat = spool((n, prod(hidden.shape[1:])), "the activations of the calibration text")
-            self._file = flat.reshape(n, *hidden.shape[1:])
-        self._file[self.chunks[i]] = np.asarray(hidden.astype(mx.float32))
+            self._dtype, self._shape = hidden.dtype, hidden.shape[1:]
+            nbytes = 4 * self.chunks[-1].stop * prod(self._shape)
+            self._file = room_on_disk(nbytes, "the activations of the calibration text")
+        wide = np.ascontiguousarray(hidden.astype(mx.float32))
+        os.pwrite(self._file.fileno(), wide, self.chunks[i].start * 4 * prod(self._shape))
 
     def copy(self) -> Activations:
         """The same hidden states, which the other's no longer touch."""

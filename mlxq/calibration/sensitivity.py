@@ -118,6 +118,7 @@ def measure(
     inputs = forwards(stream, names_of, on_inputs, room, lambda done: on_block(done, total))
     found = Observations()
     cotangents = _through_head(stream, names_of, found, seed)
+    stream.release_parts()
     on_block(stream.n_blocks + 1, total)
     for index in reversed(range(stream.n_blocks)):
         with stream.block(index) as block:

@@ -245,11 +245,15 @@ class BlockStream:
         """Paths of the modules beside the blocks; none where the model is run whole."""
         return [path for _, _, path in self._layout.parts] if self._layout else []
 
-    def close(self) -> None:
+    def release_parts(self) -> None:
+        """Give back the memory of the modules beside the blocks, which are read again when they are needed."""
         if self._layout is not None:
             self._layout.release()
-        self.activations = None
         mx.clear_cache()
+
+    def close(self) -> None:
+        self.release_parts()
+        self.activations = None
 
     def __enter__(self) -> BlockStream:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from math import prod
+from typing import IO
 
 import numpy as np
 
@@ -15,8 +16,7 @@ _PIECE = 1 << 22
 
 
 def spool(shape: tuple[int, ...], what: str) -> np.ndarray:
-    """A float32 array in a temporary file whose bytes are all there: a mapped file with holes ends the process when
-    the disk is full. It is gone when nothing refers to it.
+    """A float32 array in a temporary file, mapped; it is gone when nothing refers to it.
 
     Args:
         shape: of the array.
@@ -25,16 +25,29 @@ def spool(shape: tuple[int, ...], what: str) -> np.ndarray:
     Raises:
         OutputError: the disk has not so much room.
     """
-    nbytes = 4 * prod(shape)
+    with room_on_disk(4 * prod(shape), what) as file:
+        return np.memmap(file, np.float32, "r+", shape=shape)
+
+
+def room_on_disk(nbytes: int, what: str) -> IO[bytes]:
+    """A temporary file whose bytes are all there: a mapped file with holes ends the process when the disk is full.
+
+    Raises:
+        OutputError: the disk has not so much room.
+    """
     try:
-        with tempfile.TemporaryFile() as file:
+        file = tempfile.TemporaryFile()
+        try:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, nbytes)
             else:
                 for start in range(0, nbytes, _PIECE):
                     file.write(bytes(min(_PIECE, nbytes - start)))
                 file.flush()
-            return np.memmap(file, np.float32, "r+", shape=shape)
+        except BaseException:
+            file.close()
+            raise
+        return file
     except OSError as e:
         raise OutputError(
             f"{tempfile.gettempdir()}: {nbytes / 1e6:,.0f} MB for {what} cannot be had there:"

@@ -140,10 +140,10 @@ def test_logits_that_the_disk_has_no_room_for(monkeypatch: pytest.MonkeyPatch, a
     assert waiting.sum(dtype=np.float64) == 3 << 20
 
     class Full:
-        def __enter__(self) -> Full:
+        def write(self, _: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def __exit__(self, *_: object) -> None: ...
+        def close(self) -> None: ...
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
