@@ -114,7 +114,17 @@ class Progress:
     """One progress event: `done` of `total` `unit`s of `stage` are finished; `item` names the current one."""
 
     stage: Literal[
-        "download", "calibrate", "quantize", "write", "verify", "compare", "load", "prompt", "generate", "measure"
+        "download",
+        "calibrate",
+        "quantize",
+        "write",
+        "verify",
+        "compare",
+        "load",
+        "prompt",
+        "generate",
+        "measure",
+        "tune",
     ]
     done: int
     total: int

@@ -114,6 +114,15 @@ def convert(
     calib_sequences: CalibSequences = 128,
     calib_length: CalibLength = 512,
     seed: Seed = 0,
+    tune: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Gradient steps that go on to move each block's scales, biases and codes, after --method; 0: none.",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = 0,
     max_memory: MaxMemory = None,
     target_bpw: Annotated[
         float | None,
@@ -217,6 +226,7 @@ def convert(
             calib_sequences=calib_sequences,
             calib_length=calib_length,
             seed=seed,
+            tune=tune,
             max_memory=max_memory,
             target_bpw=target_bpw,
             target_size=target_size,

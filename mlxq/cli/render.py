@@ -26,6 +26,7 @@ _LABELS = {
     "generate": "Generating",
     "measure": "Measuring",
     "calibrate": "Calibrating",
+    "tune": "Tuning",
 }
 
 

@@ -30,6 +30,7 @@ from mlxq.conversion.folding import FoldedParameters
 from mlxq.conversion.matrices import HELD_OUT_ROWS, Found, Matrices, held_out, other_methods
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.conversion.scaling import Scaling
+from mlxq.conversion.tuning import Tuning
 from mlxq.errors import CalibrationError
 from mlxq.plan.methods import FEEDBACK, is_calibrated
 from mlxq.plan.planner import Plan
@@ -80,6 +81,8 @@ class Calibration:
         #: Parameter -> method -> matrices that it was kept for, instead of the one that was asked for.
         self._instead: dict[str, dict[str, int]] = {}
         self._aside = held_out(len(self.text.sequences))
+        of_model = self._matrices, self.cancel, self.progress
+        self._tuning = Tuning(self.request.tune, self._aside, self.request.seed, *of_model)
         limit = self.request.max_memory
         #: Bytes for hidden states, and for the second moments of a stack of experts.
         self._room = None if limit is None else limit // 4
@@ -102,6 +105,7 @@ class Calibration:
             self._n_blocks = stream.n_blocks
             if stream.whole:
                 self.notes.append(f"{stream.whole}: the whole model was run at once, with all its weights in memory")
+            self._tuning.begin(stream)
             self._embedding(stream)
             stream.run(self._visit)
             self._head(stream)
@@ -111,7 +115,7 @@ class Calibration:
                 f"what goes into {counted(self._blind)} was not seen, so they were searched with all inputs alike: "
                 f"{self._blind[0]}"
             )
-        self.notes += other_methods(self._instead) + self._scaling.said()
+        self.notes += other_methods(self._instead) + self._scaling.said() + self._tuning.said()
         if self._starved:
             n = sum(self._starved.values())
             self.notes.append(
@@ -122,6 +126,7 @@ class Calibration:
     def _visit(self, block: Block, activations: Activations) -> None:
         self.cancel.check()
         names = self._names(block.path)
+        self._tuning.run_float(block)
         if not self._is_done(block.index + 1) and names:
             self._quantize_block(block, activations, names)
         for name in names:
@@ -210,7 +215,8 @@ class Calibration:
             if not scaling.take_back(found.errors):
                 break
             changed = sorted({*changed, *names})
-        self._store(block.index + 1, found, scaling.arrays(), scaling.notes())
+        tuned, notes = self._tuning.of_block(block, activations, found, self._measured, self._weights_of)
+        self._store(block.index + 1, found, scaling.arrays() | tuned, scaling.notes() | notes)
 
     def _some(self, names: Sequence[str]) -> np.ndarray:
         """Sequences that are enough to choose scales by, bool `[S]`, those that are held out among them."""
@@ -285,6 +291,7 @@ class Calibration:
             self._instead |= notes["instead"]
             self._blind += notes.get("blind", [])
             self._scaling.take_up(notes, self.store.read)
+            self._tuning.take_up(notes)
         return notes is not None
 
     def _embedding(self, stream: BlockStream) -> None:

@@ -14,6 +14,8 @@ from mlxq.types import Method
 
 GGUF_SUFFIX = ".gguf"
 MODELFILE = "Modelfile"
+#: Gradient steps of a block that can be asked for.
+MOST_STEPS = 100_000
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -21,7 +23,11 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 class CalibrationRequest:
     """What was asked for.
 
-    `source` is `builtin`, `self` or a file; `max_memory` bytes decide whether hidden states wait on disk.
+    `source` is `builtin`, `self` or a file; `max_memory` bytes decide whether hidden states wait on disk; `tune` is how
+    many gradient steps the codes of each block are moved by, last.
+
+    Raises:
+        PlanError: no number of steps.
     """
 
     source: str = "builtin"
@@ -30,6 +36,11 @@ class CalibrationRequest:
     seed: int = 0
     sweeps: int = 1
     max_memory: int | None = None
+    tune: int = 0
+
+    def __post_init__(self) -> None:
+        if type(self.tune) is not int or not 0 <= self.tune <= MOST_STEPS:
+            raise PlanError(f"--tune {self.tune}: steps for each block are a whole number from 0 to {MOST_STEPS}")
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,13 @@ from mlxq.calibration.observe import Observations, observing
 from mlxq.calibration.sensitivity import Sensitivity
 from mlxq.calibration.stream import Activations, Block, BlockStream
 from mlxq.calibration.weight_gradients import WeightGradients
+from mlxq.conversion.matrices import Found, Matrices
 from mlxq.errors import CalibrationError
 from mlxq.quantizers.tuned_grid import Rates, TunedGrid
-from mlxq.types import CancelToken, QuantizedTensor
+from mlxq.types import CancelToken, Progress, ProgressCallback, QuantizedTensor
 
+#: Of some sequences, and a matrix's name: float32 weights of their tokens `[s * L]`, or None.
+OfTokens = Callable[[np.ndarray], Callable[[str], np.ndarray | None]]
 #: Sequences whose gradient a step goes down.
 _BATCH = 4
 RATES = Rates(scales=2e-3, centres=0.02, codes=0.01)
@@ -53,49 +56,98 @@ class Tuning:
     """Tunes block after block; keeps what the float model makes of the text.
 
     Args:
-        steps: for each block.
+        steps: for each block; 0: nothing is done.
         aside: bool `[S]`, sequences that are held out; where none are, all decide.
         seed: of the order of the sequences.
+        matrices: the float weights, and how codes are put together.
     """
 
-    def __init__(self, steps: int, aside: np.ndarray, seed: int, cancel: CancelToken, rates: Rates = RATES):
-        self._steps, self._aside, self._seed, self._cancel, self._rates = steps, aside, seed, cancel, rates
+    def __init__(
+        self,
+        steps: int,
+        aside: np.ndarray,
+        seed: int,
+        matrices: Matrices,
+        cancel: CancelToken,
+        progress: ProgressCallback | None = None,
+    ):
+        self._steps, self._aside, self._seed = steps, aside, seed
+        self._matrices, self._cancel, self._progress = matrices, cancel, progress
         self._floats: Activations | None = None
+        self._n_blocks = 0
+        #: Block -> what was noted of it.
+        self._noted: dict[str, dict[str, Any]] = {}
+        self._whole: str | None = None
 
     def begin(self, stream: BlockStream) -> None:
-        """Before the first block, with the float embedding."""
-        stream.embed()
-        self._floats = stream.activations
+        """Before the first block, whose float inputs are made here."""
+        self._whole, self._n_blocks = stream.whole, stream.n_blocks
+        if self._steps and not stream.whole:
+            stream.embed()
+            self._floats = stream.activations
 
     def run_float(self, block: Block) -> None:
         """Run the float model through a block that still has its own weights."""
-        for i, hidden in enumerate(self._floats):
+        for i, hidden in enumerate(self._floats or ()):
             self._cancel.check()
             self._floats[i] = block(hidden)
 
-    def tuned(
-        self,
-        block: Block,
-        activations: Activations,
-        codes: Mapping[str, QuantizedTensor],
-        weights: Callable[[str], np.ndarray],
-        weighting: Weighting,
-        on_step: Callable[[int], None] = lambda done: None,
+    def of_block(
+        self, block: Block, activations: Activations, found: Found, measured: Sensitivity | None, of_tokens: OfTokens
     ) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
-        """Codes of the matrices of a block, tuned from `codes` where that lost less, else no codes.
+        """Tuned codes of a block's matrices where they lose less than those that were found, and notes for JSON.
 
         Args:
-            activations: what goes into the quantized block.
-            weights: float32 weights by name, which the codes stand for.
-            on_step: called after each step.
-
-        Returns:
-            The codes; and for JSON the loss before and after on what is held out, and names without a gradient.
-
-        Raises:
-            CalibrationError: the block cannot be run backwards.
+            activations: what goes into the quantized block, whose other parameters are as they will be stored.
+            measured: how much errors matter, or None.
+            of_tokens: the weights of the tokens of some sequences, by a matrix's name.
         """
-        grids = {name: TunedGrid(q, weights(name), self._rates) for name, q in codes.items()}
+        if self._floats is None:
+            return {}, {}
+        plans, coder = self._matrices.plans, self._matrices.coder
+        codes = {name: coder.stacked(parts, plans[name].info.shape) for name, parts in found.parts.items()}
+        try:
+            weighting = self._weighting(block, measured, list(codes), of_tokens)
+            tuned, notes = self._tuned(block, activations, codes, weighting)
+        except (ValueError, RuntimeError, NotImplementedError) as e:
+            # What mlx says of an operation that has no gradient.
+            tuned, notes = {}, {"refused": str(e)}
+        return tuned, {"tuned": {block.path: notes}}
+
+    def take_up(self, notes: Mapping[str, Any]) -> None:
+        """What was noted of a block that is done."""
+        self._noted |= notes.get("tuned", {})
+
+    def said(self) -> list[str]:
+        """What came of it."""
+        if not self._steps:
+            return []
+        if self._whole:
+            return ["no block was tuned: the model cannot be taken apart into blocks"]
+        done = {path: n for path, n in self._noted.items() if "refused" not in n}
+        ratios = [n["after"] / n["before"] for n in done.values() if n["after"] < n["before"]]
+        text = f"{len(ratios)} of {_counted(len(self._noted), 'block')} were tuned by {self._steps} steps each"
+        if ratios:
+            less = 100 * (1 - float(np.exp(np.mean(np.log(np.maximum(ratios, _TINY))))))
+            text += f": the held-out errors of their outputs are {less:.1f} % smaller"
+        said = [text]
+        if len(done) > len(ratios):
+            n = _counted(len(done) - len(ratios), "block")
+            said.append(f"{n} would lose more by tuning, on text that is held out, and kept the codes that were there")
+        refused = {path: n["refused"] for path, n in self._noted.items() if "refused" in n}
+        if refused:
+            n, first = _counted(len(refused), "block"), min(refused)
+            said.append(f"{n} cannot be run backwards and kept the codes that were there: {first}: {refused[first]}")
+        missing = sorted(name for n in done.values() for name in n["missing"])
+        if missing:
+            n = _counted(len(missing), "tensor")
+            said.append(f"{n} in tuned blocks were not tuned, as it is not known what they multiply: {missing[0]}")
+        return said
+
+    def _tuned(
+        self, block: Block, activations: Activations, codes: Mapping[str, QuantizedTensor], weighting: Weighting
+    ) -> tuple[dict[str, QuantizedTensor], dict[str, Any]]:
+        grids = {name: TunedGrid(q, self._matrices.weights(name), RATES) for name, q in codes.items()}
         gradients = WeightGradients()
         judges = np.flatnonzero(self._aside) if self._aside.any() else np.arange(len(self._aside))
         missing: list[str] = []
@@ -107,28 +159,32 @@ class Tuning:
                 gradients.clear()
                 self._backwards(block, activations, which, weighting)
                 missing = [name for name in grids if name not in gradients.found]
-                rate = 1 - done / self._steps
                 for name, gradient in gradients.found.items():
-                    grids[name].step(gradient, rate)
+                    grids[name].step(gradient, 1 - done / self._steps)
                 gradients.put({name: grids[name].decoded() for name in gradients.found})
-                on_step(done + 1)
+                self._report(block, done + 1)
             after = self._loss(block, activations, judges, weighting)
-            found = {name: grid.stored() for name, grid in grids.items() if name not in missing}
-        kept = after < before
-        return found if kept else {}, {"before": before, "after": after, "missing": missing}
+        tuned = {name: grid.stored() for name, grid in grids.items() if name not in missing}
+        return tuned if after < before else {}, {"before": before, "after": after, "missing": missing}
 
-    def weighting(
-        self, block: Block, measured: Sensitivity | None, names: Sequence[str], of_tokens: Callable[..., Any]
+    def _report(self, block: Block, done: int) -> None:
+        if self._progress:
+            total = self._steps * self._n_blocks
+            item = f"block {block.index + 1}"
+            self._progress(Progress("tune", self._steps * block.index + done, total, "passes", item))
+
+    def _weighting(
+        self, block: Block, measured: Sensitivity | None, names: Sequence[str], of_tokens: OfTokens
     ) -> Weighting:
-        """How errors of a block's output count; `names` are its matrices, `of_tokens(which)(name)` gives weights."""
-        name = self._residual(block, names) if measured else None
-        if name is not None:
+        name = self._residual(block, names)
+        if measured and name in measured.squares:
             squares = measured.squares[name]
             dimensions = (squares / max(float(squares.mean()), _TINY)).astype(np.float32)
             length = self._floats[0].shape[1]
 
-            def tokens(which: np.ndarray) -> np.ndarray:
-                return of_tokens(which)(name).reshape(len(which), length)
+            def tokens(which: np.ndarray) -> np.ndarray | None:
+                weights = of_tokens(which)(name)
+                return None if weights is None else weights.reshape(len(which), length)
 
             return Weighting(tokens, dimensions)
         squares, n = 0.0, 0
@@ -156,7 +212,7 @@ class Tuning:
 
     def _batches(self, index: int) -> list[np.ndarray]:
         """Sequences of each step; all have their turn before any comes again."""
-        rng = np.random.default_rng([self._seed, index])
+        rng = np.random.default_rng([self._seed % 2**32, index])
         fit = np.flatnonzero(~self._aside)
         size = min(_BATCH, len(fit))
         turns = -(-self._steps * size // len(fit))
@@ -195,3 +251,7 @@ def _rows(activations: Activations, which: np.ndarray) -> mx.array:
         inside = which[which // size == chunk] - chunk * size
         pieces.append(activations[int(chunk)][mx.array(inside)])
     return mx.concatenate(pieces)
+
+
+def _counted(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
