@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from math import prod
@@ -36,18 +37,16 @@ def room_on_disk(nbytes: int, what: str) -> IO[bytes]:
         OutputError: the disk has not so much room.
     """
     try:
-        file = tempfile.TemporaryFile()
-        try:
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(tempfile.TemporaryFile())
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), 0, nbytes)
             else:
                 for start in range(0, nbytes, _PIECE):
                     file.write(bytes(min(_PIECE, nbytes - start)))
                 file.flush()
-        except BaseException:
-            file.close()
-            raise
-        return file
+            stack.pop_all()
+            return file
     except OSError as e:
         raise OutputError(
             f"{tempfile.gettempdir()}: {nbytes / 1e6:,.0f} MB for {what} cannot be had there:"

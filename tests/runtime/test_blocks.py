@@ -140,10 +140,13 @@ def test_logits_that_the_disk_has_no_room_for(monkeypatch: pytest.MonkeyPatch, a
     assert waiting.sum(dtype=np.float64) == 3 << 20
 
     class Full:
+        def __enter__(self) -> Full:
+            return self
+
         def write(self, _: bytes) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        def close(self) -> None: ...
+        def __exit__(self, *_: object) -> None: ...
 
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
