@@ -1,5 +1,6 @@
 """FP8, MX, NVFP4, compressed-tensors, ModelOpt, bitsandbytes: what producers stored, against what they decode."""
 
+import contextlib
 import hashlib
 import json
 
@@ -8,7 +9,7 @@ import pytest
 from packed_cases import cases, write_layer
 
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.errors import CheckpointError
+from mlxq.errors import CheckpointError, MlxqError
 from mlxq.formats import crossings
 from mlxq.formats.floats import from_float32, to_float32
 
@@ -360,3 +361,50 @@ def test_stacks_are_read_by_matrices(name, tmp_path):
         if checkpoint.tensors[NAME].spec is not None:
             q = checkpoint.read_quantized(NAME, slice(2, 3))
             np.testing.assert_array_equal(crossings.dequantize(q)[0], alone)
+
+
+JUNK = (None, True, -1, 0, 2**70, 0.5, "x", [], [None], {}, {"x": 1})
+
+
+def variants(value):
+    """Settings with one of their parts, at any depth, replaced by junk or taken away."""
+    yield from JUNK
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield {k: v for k, v in value.items() if k != key}
+            yield from (value | {key: other} for other in variants(inner))
+
+
+def only_named_errors(directory, case):
+    """Opens and reads, or refuses."""
+    with contextlib.suppress(MlxqError), open_checkpoint(write_layer(directory, case)) as checkpoint:
+        for info in checkpoint.tensors.values():
+            if info.dtype not in ("I8", "U8", "I32", "I64", "F8_E4M3"):
+                checkpoint.read(info.name)
+    (directory / "hf_quant_config.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_any_settings_are_read_or_refused_by_name(name, tmp_path):
+    case = cases()[name]
+    more = {"exclude_modules": ["lm_head"], "ignore": ["lm_head"], "sparsity_config": {"format": "dense"}}
+    inner = case.settings.get("quantization")
+    more = {"quantization": inner | more} if inner else more
+    for settings in variants(case.settings | more):
+        if isinstance(settings, dict):
+            only_named_errors(tmp_path, case._replace(settings=settings))
+
+
+@pytest.mark.parametrize("name", cases())
+def test_any_parts_are_read_or_refused_by_name(name, tmp_path):
+    case = cases()[name]
+    for key, (dtype, array) in case.tensors.items():
+        flat = array.reshape(-1)
+        others = [array[:-1] if array.ndim else array[None], array[..., :0] if array.ndim else flat[:0]]
+        others += [array[None], flat, np.concatenate([flat, flat])]
+        only_named_errors(tmp_path, case._replace(tensors={k: v for k, v in case.tensors.items() if k != key}))
+        for other in others:
+            only_named_errors(tmp_path, case._replace(tensors=case.tensors | {key: (dtype, other)}))
+        for kind, storage in (("F32", np.float32), ("I32", np.int32), ("U8", np.uint8), ("BF16", np.uint16)):
+            junk = np.resize(np.array([0, 1, 255, 3, 0, 200], storage), array.shape)
+            only_named_errors(tmp_path, case._replace(tensors=case.tensors | {key: (kind, junk)}))

@@ -115,7 +115,7 @@ class EightBits(Grid):
 def check(settings: dict[str, Any], where: str) -> None:
     """Refuse types of codes that are neither NF4 nor FP4."""
     kind = settings.get("bnb_4bit_quant_type")
-    if settings.get("load_in_4bit") and kind is not None and kind not in nf4.TABLES:
+    if settings.get("load_in_4bit") and kind is not None and kind not in tuple(nf4.TABLES):
         raise CheckpointError(f"{where}: bitsandbytes weights of type {quoted(kind)}; nf4 and fp4 can be read")
 
 

@@ -144,7 +144,8 @@ def _weights(args: Any, format_: Any, where: str) -> Weights:
             f" say {quoted(kind)} of {quoted(bits)}"
         )
     group_size = args.get("group_size")
-    strategy = args.get("strategy") or ("tensor" if group_size is None else "group" if group_size > 0 else "channel")
+    implied = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    strategy = args.get("strategy") or implied
     if strategy not in _STRATEGIES:
         raise CheckpointError(f"{where}: strategy {quoted(strategy)} is none of weights: {', '.join(_STRATEGIES)}")
     if strategy in ("group", "tensor_group") and (type(group_size) is not int or group_size < 1):

@@ -145,6 +145,8 @@ def _check_matrix(source: Source, name: str, weight: Entry) -> None:
 
 def _check_excluded(source: Source, inner: dict[str, Any], found: dict[str, Packed]) -> None:
     patterns = inner.get("exclude_modules") or inner.get("ignore") or []
+    if not isinstance(patterns, list):
+        raise CheckpointError(f"{source.where}: exclude_modules is {quoted(patterns)}, but must be a list of modules")
     for name in found:
         module = name.removesuffix(".weight")
         hit = next((p for p in patterns if isinstance(p, str) and fnmatch.fnmatchcase(module, p)), None)
