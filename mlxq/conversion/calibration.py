@@ -304,14 +304,11 @@ class Calibration:
             names = [n for n in names if not self._is_head(n)]
         if not self._is_done(0):
             seen = self._inputs_of_tied_head([n for n in names if self._is_head(n)])
-            looked_up = {n: self._plans[n] for n in names if n not in seen.order}
+            looked_up = [n for n in names if n not in seen.order]
             curvature = None
             if self._measured and looked_up:
                 curvature = self._matrices.curvature(self._measured.embedding, _EMBEDDING_DAMP)
-            codes = {
-                n: self._coder.quantize(self._matrices.weights(n), p, curvature=curvature)[0]
-                for n, p in looked_up.items()
-            }
+            codes = {n: self._matrices.looked_up(n, curvature) for n in looked_up}
             self._quantize(0, [seen], codes)
         looked_up = () if stream.whole else names
         stream.embed({n.removesuffix(".weight"): to_mlx(self._decoded(n)) for n in looked_up})

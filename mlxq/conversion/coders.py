@@ -68,6 +68,9 @@ class Coder(Protocol):
     def stacked(self, parts: Sequence[Any], shape: tuple[int, ...]) -> Any:
         """Codes of a stack of matrices from those of each; `shape` is that of the weights."""
 
+    def joined(self, parts: Sequence[Any]) -> Any:
+        """Codes of a matrix from those of its rows."""
+
 
 class AffineCoder:
     """`QuantizedTensor`s by `TensorPlan.spec`."""
@@ -115,6 +118,13 @@ class AffineCoder:
         arrays = [a.reshape(*shape[:-1], a.shape[-1]) for a in arrays]
         return QuantizedTensor(*arrays, first.spec, shape, first.dtype)
 
+    def joined(self, parts: Sequence[QuantizedTensor]) -> QuantizedTensor:
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        arrays = [np.concatenate([getattr(p, a) for p in parts]) for a in ("w_q", "scales", "biases")]
+        return QuantizedTensor(*arrays, first.spec, (len(arrays[0]), first.shape[1]), first.dtype)
+
 
 class BlockCoder:
     """Blocks of a ggml type, uint8 `[..., row_bytes]`, by `TensorPlan.dtype`."""
@@ -155,6 +165,9 @@ class BlockCoder:
 
     def stacked(self, parts: Sequence[np.ndarray], shape: tuple[int, ...]) -> np.ndarray:
         return np.stack(parts).reshape(*shape[:-1], -1)
+
+    def joined(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts)
 
 
 def _groups(K: int) -> tuple[list[int], int]:

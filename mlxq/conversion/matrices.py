@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,11 @@ _LEAST_COVERAGE = 0.25
 _HELD_OUT, HELD_OUT_ROWS, _LEAST_HELD_OUT = 16, 1024, 32
 #: Bytes of factorized Hessians that are remembered until their block is done.
 _REMEMBERED = 256 << 20
+#: Rows of a matrix that are quantized at a time.
+_ROWS = 8192
+
+#: Codes of weights `[N, K]`, and what these decode to.
+Quantize = Callable[[np.ndarray, TensorPlan], tuple[Codes, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -120,26 +126,47 @@ class Matrices:
         plan, folded = self.plans[name], self.folded
         curvature = curvature if plan.method in FEEDBACK else None
         importance = self.importance_of(moments, i, curvature)
-        w = self.weights(name, i)
         errors_of = held_out_errors(moments, i)
-        size = max(errors_of(folded.undivided(w, name, i)), 1e-30)
+        size = sum(errors_of(folded.undivided(w, name, i)) for w in self._parts(name, i))
         found: list[tuple[float, str, Codes]] = []
 
-        def try_it(method: str, made: tuple[Codes, np.ndarray]) -> float:
-            found.append((errors_of(folded.undivided(w - made[1], name, i)) / size, method, made[0]))
+        def try_it(method: str, quantize: Quantize) -> float:
+            error, parts = 0.0, []
+            for w in self._parts(name, i):
+                codes, w_hat = quantize(w, plan)
+                error += errors_of(folded.undivided(w - w_hat, name, i))
+                parts.append(codes)
+            found.append((error / max(size, 1e-30), method, self.coder.joined(parts)))
             return found[-1][0]
 
-        searched = {"importance": importance, "sweeps": self._sweeps}
-        own = try_it(plan.method, self.coder.quantize(w, plan, curvature=curvature, **searched))
-        plain = try_it("rtn", self.coder.rounded(w, plan))
+        searched = partial(self.coder.quantize, importance=importance, sweeps=self._sweeps)
+        own = try_it(plan.method, partial(searched, curvature=curvature))
+        plain = try_it("rtn", self.coder.rounded)
         if plain < own and curvature is not None:
-            try_it("search", self.coder.quantize(w, plan, **searched))
+            try_it("search", searched)
         if folded.is_scaled(name):
-            before, columns = self.weights(name, i, scaled=False), folded.columns(name, i)
-            lost = before - self.coder.rounded(before, plan)[1]
-            plain = errors_of(lost if columns is None else lost * columns) / size
+            columns, plain = folded.columns(name, i), 0.0
+            for before in self._parts(name, i, scaled=False):
+                lost = before - self.coder.rounded(before, plan)[1]
+                plain += errors_of(lost if columns is None else lost * columns) / max(size, 1e-30)
         error, method, codes = min(found, key=lambda f: f[0])
         return Kept(codes, method, np.array([error, plain]))
+
+    def looked_up(self, name: str, curvature: Curvature | None) -> Codes:
+        """Codes of an embedding's rows; `curvature` is that of the gradients that come back to them."""
+        plan = self.plans[name]
+        return self.coder.joined([self.coder.quantize(w, plan, curvature=curvature)[0] for w in self._parts(name, 0)])
+
+    def _parts(self, name: str, i: int, *, scaled: bool = True) -> Iterator[np.ndarray]:
+        """Matrix `i` by rows, float32: a head is many times as large as the other matrices."""
+        shape = self.plans[name].info.shape
+        if len(shape) > 2 or shape[0] <= _ROWS:
+            yield self.weights(name, i, scaled=scaled)
+            return
+        read = self.folded.read if scaled else self.folded.unscaled
+        for start in range(0, shape[0], _ROWS):
+            w = read(name, slice(start, min(start + _ROWS, shape[0])))
+            yield floats.to_float32(w, floats.dtype_of(w))
 
 
 def held_out(n: int) -> np.ndarray:
