@@ -172,6 +172,10 @@ def test_parts_of_gptq_that_disagree(tmp_path, parts, words):
         (changed(GPTQ, scales=with_value(GPTQ["scales"], np.nan, 9)), ["a scale is NaN or infinite"]),
         (changed(GPTQ, scales=with_value(GPTQ["scales"], np.inf)), ["a scale is NaN or infinite"]),
         (changed(GPTQ, scales=with_value(GPTQ["scales"], 0)), ["a scale is 0"]),
+        (
+            changed(GPTQ, scales=with_value(GPTQ["scales"].astype(np.float32), 1e38)),
+            ["a scale is 1e+38", "exceed float32"],
+        ),
         (changed(GPTQ, qzeros=with_value(GPTQ["qzeros"], -1)), ["a zero point is 16", "4-bit"]),
     ],
 )

@@ -187,6 +187,11 @@ class Grid(Packed):
         for what, array in (("scale", grid.scales), ("bias", grid.biases)):
             if array is not None and array.size and not all_finite(array):
                 raise FormatError(f"a {what} is NaN or infinite")
-        if not to_float32(grid.scales, self.stored_dtype).all():
+        scales = to_float32(grid.scales, self.stored_dtype)
+        if not scales.all():
             raise FormatError("a scale is 0: the group's codes would mean nothing")
+        # Zero points are at most 2^bits, and so are codes: beyond this, weights or biases would be infinite.
+        most = np.finfo(np.float32).max / 2 ** (self.bits + 1)
+        if scales.size and np.abs(scales).max() > most:
+            raise FormatError(f"a scale is {np.abs(scales).max():.3g}: {self.bits}-bit codes times it exceed float32")
         return grid
