@@ -10,10 +10,12 @@ import tiny
 from packed_models import awq_parts, awq_settings, gptq_parts, gptq_settings, make_packed_model, write_tensors
 
 import mlxq
+from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.errors import PlanError
 from mlxq.formats.crossings import dequantize
 from mlxq.formats.floats import dtype_of, to_float32
+from mlxq.runtime import weights
 from mlxq.runtime.layers import PermutedLinear
 
 TOKENS = [[1, 5, 9, 200, 31, 7, 77, 12]]
@@ -69,11 +71,11 @@ def decoded(source):
 def as_float(source, directory):
     """The same model with its decoded weights in float32."""
     shutil.copytree(source, directory)
-    weights = decoded(source)
+    tensors = decoded(source)
     config = json.loads((source / "config.json").read_text())
     del config["quantization_config"]
     (directory / "config.json").write_text(json.dumps(config | {"torch_dtype": "float32"}))
-    tiny.write_safetensors(directory / "model.safetensors", weights, "F32")
+    tiny.write_safetensors(directory / "model.safetensors", tensors, "F32")
     return directory
 
 
@@ -103,6 +105,16 @@ def test_runs_as_its_decoded_weights_do(name, tmp_path):
     expected, found = logits(as_float(source, tmp_path / "float")), logits(source)
     # float32 sums of at most 256 products, in another order.
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("gptq", mx.float16), ("awq", mx.float32), ("awq-fast", mx.float16), ("awq-bfloat16", mx.float32)],
+)
+def test_a_gpu_computes_in_what_holds_the_scales(name, dtype, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "on_accelerator", lambda: True)
+    with open_checkpoint(make(name, tmp_path / "source")) as checkpoint:
+        assert weights.default_compute_dtype(ParameterMap(checkpoint)) == dtype
 
 
 def test_columns_out_of_order_run_with_their_codes(tmp_path):

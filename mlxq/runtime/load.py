@@ -109,8 +109,8 @@ def load(
     Parameters are evaluated before this returns, so a model loaded in one thread works in all. On the CPU activations
     are float32; on a GPU they have the model's own dtype (see `weights.default_compute_dtype`). Matrices of a GGUF file
     stay in their blocks where something computes with them: on Apple's GPUs if their type has Metal kernels, on the
-    CPU if MLX's affine grids cannot hold it (Q6_K, say). Otherwise they become affine grids, or are decoded. What another
-    tool has quantized keeps its codes, columns out of order (GPTQ's act-order) included.
+    CPU if MLX's affine grids cannot hold it (Q6_K, say). Otherwise they become affine grids, or are decoded. What
+    another tool has quantized keeps its codes, columns out of order (GPTQ's act-order) included.
 
     Args:
         source: a directory (float, or quantized by MLX, GPTQ, AWQ ...), a `.gguf` file, or a Hub id `org/name`.

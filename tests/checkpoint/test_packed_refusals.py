@@ -142,6 +142,7 @@ def with_value(a, value, at=0):
 
 
 GPTQ = gptq_parts(W)
+WIDE = GPTQ["scales"].astype(np.float32)
 
 
 @pytest.mark.parametrize(
