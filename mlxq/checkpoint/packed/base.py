@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -162,14 +161,3 @@ def part(source: Source, name: str, dtypes: tuple[str, ...], shape: tuple[int, .
             f"{where} is {list(entry.shape)}, but with the other parts and the settings it must be {list(shape)}"
         )
     return entry
-
-
-def with_rows(info: TensorInfo, n: int) -> tuple[int, ...]:
-    """Shape of `n` rows of a tensor."""
-    return (n, *info.shape[1:])
-
-
-def renamed(packed: Packed, name: str) -> Packed:
-    """The same tensor under another logical name."""
-    packed.info = dataclasses.replace(packed.info, name=name)
-    return packed
