@@ -79,7 +79,8 @@ class _Differentiated(Proxy):
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         y = self._module(x, *args, **kwargs)
         routed = bool(args) and isinstance(args[0], mx.array)
-        if self._module.weight.ndim > 2 and not routed:
+        # Not by which of the matrices rows are multiplied, nor by which weights, is known of layers of other kinds.
+        if (self._module.weight.ndim > 2 and not routed) or "scales" in self._module:
             return y
         rows, which, _ = rows_of_experts(x, args[0]) if routed else (x, None, 1)
         kept = mx.stop_gradient(rows)

@@ -8,6 +8,7 @@ massive activation decides. A block keeps what was tuned where it loses less on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,6 @@ from mlxq.calibration.sensitivity import Sensitivity
 from mlxq.calibration.stream import Activations, Block, BlockStream
 from mlxq.calibration.weight_gradients import WeightGradients
 from mlxq.conversion.matrices import Found, Matrices
-from mlxq.errors import CalibrationError
 from mlxq.quantizers.tuned_grid import Rates, TunedGrid
 from mlxq.types import CancelToken, Progress, ProgressCallback, QuantizedTensor
 
@@ -157,7 +157,8 @@ class Tuning:
             for done, which in enumerate(self._batches(block.index)):
                 self._cancel.check()
                 gradients.clear()
-                self._backwards(block, activations, which, weighting)
+                if not math.isfinite(self._backwards(block, activations, which, weighting)):
+                    break
                 missing = [name for name in grids if name not in gradients.found]
                 for name, gradient in gradients.found.items():
                     grids[name].step(gradient, 1 - done / self._steps)
@@ -219,7 +220,8 @@ class Tuning:
         order = np.concatenate([rng.permutation(fit) for _ in range(turns)])
         return [np.sort(order[i * size : (i + 1) * size]) for i in range(self._steps)]
 
-    def _backwards(self, block: Block, activations: Activations, which: np.ndarray, weighting: Weighting) -> None:
+    def _backwards(self, block: Block, activations: Activations, which: np.ndarray, weighting: Weighting) -> float:
+        """The loss of these sequences; `WeightGradients` finds its gradients."""
         target = _rows(self._floats, which)
         weights = weighting.of(which, target)
 
@@ -227,8 +229,7 @@ class Tuning:
             return (weights * mx.square(block(hidden) - target)).sum()
 
         value, _ = mx.value_and_grad(loss)(_rows(activations, which))
-        if not np.isfinite(value.item()):
-            raise CalibrationError(f"{block.path}: its output is not finite while its codes are tuned")
+        return value.item()
 
     def _loss(self, block: Block, activations: Activations, which: np.ndarray, weighting: Weighting) -> float:
         """Mean over tokens and dimensions of the weighted squared error."""
