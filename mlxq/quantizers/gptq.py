@@ -18,7 +18,7 @@ import numpy as np
 
 from mlxq.formats import affine, floats
 from mlxq.quantizers.curvature import Curvature
-from mlxq.quantizers.grid_search import Rounding, rounding, search
+from mlxq.quantizers.grid_search import Grids, float_grids
 from mlxq.types import QuantizedTensor, QuantSpec
 
 #: Rows worked on at a time: what a group touches stays in the cache.
@@ -36,7 +36,7 @@ class _Rows:
 
 
 def quantize(
-    w: np.ndarray, curvature: Curvature, spec: QuantSpec, dtype: str, *, sweeps: int = 1
+    w: np.ndarray, curvature: Curvature, spec: QuantSpec, dtype: str, *, sweeps: int = 1, grids: Grids | None = None
 ) -> tuple[QuantizedTensor, np.ndarray]:
     """Quantize a matrix so that its output error on the calibration text is small.
 
@@ -46,12 +46,14 @@ def quantize(
         spec: bits and group size.
         dtype: of scales and biases, `F32`, `F16` or `BF16`.
         sweeps: rounds of descent after the feedback.
+        grids: scales and biases that may be stored, all of them numbers of `dtype`; None: any number of it.
 
     Returns:
         The codes and grid, and the decoded weights float32 `[N, K]`.
     """
     N, K = w.shape
     n_groups = K // spec.group_size
+    grids = grids or float_grids(spec.bits, dtype)
     codes = np.empty((N, K), np.uint8)
     w_hat = np.empty((N, K), np.float32)
     scales, biases = (np.empty((N, n_groups), np.float32) for _ in range(2))
@@ -60,9 +62,9 @@ def quantize(
     for start in range(0, N, _ROWS):
         part = slice(start, start + _ROWS)
         columns = np.ascontiguousarray(w[part].T[curvature.order])
-        rows = _feed_back(columns.copy(), curvature.upper, spec, dtype)
+        rows = _feed_back(columns.copy(), curvature.upper, spec, grids)
         if sweeps:
-            _descend(columns, rows, curvature.hessian, spec, dtype, sweeps)
+            _descend(columns, rows, curvature.hessian, spec, grids, sweeps)
         codes[part] = rows.q[back].T
         w_hat[part] = rows.w_hat[back].T
         scales[part], biases[part] = rows.scales[groups_back].T, rows.biases[groups_back].T
@@ -70,7 +72,7 @@ def quantize(
     return QuantizedTensor(affine.pack(codes, spec.bits), *stored, spec, w.shape, dtype), w_hat
 
 
-def _feed_back(w: np.ndarray, upper: np.ndarray, spec: QuantSpec, dtype: str) -> _Rows:
+def _feed_back(w: np.ndarray, upper: np.ndarray, spec: QuantSpec, grids: Grids) -> _Rows:
     """Quantize columns `w` `[K, n]`, which are overwritten, one after another."""
     K, n = w.shape
     size, top = spec.group_size, np.float32((1 << spec.bits) - 1)
@@ -80,7 +82,7 @@ def _feed_back(w: np.ndarray, upper: np.ndarray, spec: QuantSpec, dtype: str) ->
         j = i + size
         local = upper[i:j, i:j]
         diagonal = np.diagonal(local)
-        s, b = search(w[i:j], 1 / diagonal**2, spec.bits, dtype)
+        s, b = grids.search(w[i:j], 1 / diagonal**2)
         rows.scales[i // size], rows.biases[i // size] = s, b
         inverse = 1 / s
         for k in range(size):
@@ -97,16 +99,16 @@ def _feed_back(w: np.ndarray, upper: np.ndarray, spec: QuantSpec, dtype: str) ->
     return rows
 
 
-def _descend(w: np.ndarray, rows: _Rows, hessian: np.ndarray, spec: QuantSpec, dtype: str, sweeps: int) -> None:
+def _descend(w: np.ndarray, rows: _Rows, hessian: np.ndarray, spec: QuantSpec, grids: Grids, sweeps: int) -> None:
     """Lower the error `e H e` of `e = w - w_hat`, in place."""
-    size, top, to = spec.group_size, np.float32((1 << spec.bits) - 1), rounding(dtype)
+    size, top = spec.group_size, np.float32((1 << spec.bits) - 1)
     gradient = hessian @ (w - rows.w_hat)
     for _ in range(sweeps):
         for i in range(0, len(w), size):
             part = slice(i, i + size)
             local = np.ascontiguousarray(hessian[part, part])
             g, q, old = gradient[part], rows.q[part], rows.w_hat[part].copy()
-            s, b = _solve_grid(local, g, q, rows.scales[i // size], rows.biases[i // size], to)
+            s, b = _solve_grid(local, g, q, rows.scales[i // size], rows.biases[i // size], grids)
             rows.scales[i // size], rows.biases[i // size] = s, b
             new = q * s + b
             g = g - local @ (new - old)
@@ -122,7 +124,7 @@ def _descend(w: np.ndarray, rows: _Rows, hessian: np.ndarray, spec: QuantSpec, d
 
 
 def _solve_grid(
-    local: np.ndarray, g: np.ndarray, q: np.ndarray, s: np.ndarray, b: np.ndarray, to: Rounding
+    local: np.ndarray, g: np.ndarray, q: np.ndarray, s: np.ndarray, b: np.ndarray, grids: Grids
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale and bias of least error for the codes as they are; the old ones where rounding spoils the gain."""
     hq, ones = local @ q, local.sum(axis=1)
@@ -131,10 +133,10 @@ def _solve_grid(
     determinant = a * d - c * c
     regular = determinant > 1e-6 * a * d
     step = np.where(regular, (d * along_q - c * along_1) / np.where(regular, determinant, 1), 0)
-    new_s = to(s + step)
+    new_s = grids.scales(s + step)
     new_s = np.where(new_s == 0, s, new_s)
     u = new_s - s
-    new_b = to(b + (along_1 - u * c) / d)
+    new_b = grids.biases(b + (along_1 - u * c) / d, new_s)
     v = new_b - b
     better = 2 * (u * along_q + v * along_1) > u * u * a + 2 * u * v * c + v * v * d
     return np.where(better, new_s, s), np.where(better, new_b, b)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,24 @@ _TINY = 1e-30
 
 #: Rounds float32 to a storage dtype and back.
 Rounding = Callable[[np.ndarray], np.ndarray]
+
+
+class Grids(NamedTuple):
+    """Which scales and biases may be stored, and how they are chosen for a group.
+
+    `search(x, importance)` as `search` below; `scales(s)` and `biases(b, s)` are the nearest that can be stored, biases
+    beside scales that already can. A scale may come out as 0, which is none.
+    """
+
+    search: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    scales: Callable[[np.ndarray], np.ndarray]
+    biases: Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def float_grids(bits: int, dtype: str) -> Grids:
+    """Any scale and bias of a float type."""
+    to = rounding(dtype)
+    return Grids(lambda x, importance: search(x, importance, bits, dtype), to, lambda b, s: to(b))
 
 
 @cache
