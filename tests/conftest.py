@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from cache import CACHE, ROOT
 
+from mlxq.plan import default_method
+
 
 def _unavailable(reason: str) -> None:
     """Skip on a developer's machine; in CI a missing model is a failure."""
@@ -46,6 +48,24 @@ def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLXQ_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+_MOST_BITS = default_method.MOST_BITS
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quick_method() -> Iterator[None]:
+    """Where a test names no method, codes are rounded to nearest."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(default_method, "MOST_BITS", 0)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _real_default(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a test is about the default method, it is what it is outside of tests."""
+    if request.node.get_closest_marker("real_default"):
+        monkeypatch.setattr(default_method, "MOST_BITS", _MOST_BITS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -240,7 +240,7 @@ def run(code, *arguments, **options):
 
 CONVERT = (
     "import sys\nfrom mlxq.cli import main\n"
-    "sys.argv = ['mlxq', 'convert', sys.argv[1], '-o', sys.argv[2], '--no-verify']\nmain()"
+    "sys.argv = ['mlxq', 'convert', sys.argv[1], '-o', sys.argv[2], '--method', 'rtn', '--no-verify']\nmain()"
 )
 
 

@@ -294,7 +294,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path, source):
 
 
 def test_the_command_line(tmp_path, source):
-    arguments = ("convert", source, "-o", tmp_path / "m.gguf", "--type", "q4_k_m")
+    arguments = ("convert", source, "-o", tmp_path / "m.gguf", "--type", "q4_k_m", "--method", "rtn")
     done = command.mlxq(*arguments)
     assert done.returncode == 0, done.stderr
     assert "Q4_K" in done.stdout

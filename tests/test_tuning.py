@@ -134,10 +134,10 @@ def test_no_number_of_steps_is_refused(tmp_path: Path, steps: Any) -> None:
         convert(tmp_path / "none", tmp_path / "out", method="gptq", tune=steps)
 
 
-@pytest.mark.parametrize("method", [None, "rtn"])
-def test_tuning_needs_a_text(tmp_path: Path, method: str | None) -> None:
+@pytest.mark.parametrize("how", [{"method": "rtn"}, {"recipe": "portable"}])
+def test_tuning_needs_a_text(tmp_path: Path, how: dict[str, Any]) -> None:
     with pytest.raises(PlanError, match="--tune goes on from what a text has chosen: give a --method of search, gptq"):
-        convert(tmp_path / "none", tmp_path / "out", method=method, tune=5)
+        convert(tmp_path / "none", tmp_path / "out", tune=5, **how)
 
 
 def test_gguf_files_are_refused_in_one_line(tmp_path: Path) -> None:

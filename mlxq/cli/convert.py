@@ -104,8 +104,8 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="rtn: round to nearest; search, gptq, awq or awq+gptq: by what a calibration text sends into each "
-            "layer. (default: rtn; gptq with a budget)",
+            help="rtn: round to nearest, in seconds instead of minutes; search, gptq, awq or awq+gptq: by what a "
+            "calibration text sends into each layer. (default: gptq for 6 bits or fewer, rtn for more)",
             show_default=False,
             rich_help_panel=CALIBRATION,
         ),

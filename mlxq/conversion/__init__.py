@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlxq.api import DEFAULT_CONTEXT, public
 from mlxq.conversion.job import ConversionResult, Job
+from mlxq.conversion.method_choice import MethodChoice
 from mlxq.conversion.request import GGUF_SUFFIX, BudgetRequest, CalibrationRequest, GgufRequest, is_gguf, size_in_bytes
 from mlxq.errors import PlanError
 from mlxq.plan.methods import CALIBRATED
@@ -79,10 +80,12 @@ def convert(
         imatrix: file of an importance matrix that weights the errors of a GGUF file's tensors, or of the portable
             recipe's.
         exact: refuse whatever would change a decoded weight.
-        method: how codes are chosen: `rtn` (round to nearest, the default), or by what a calibration text sends into
-            each layer: `search` (scale and bias of each group), `gptq` (searched grids with error feedback; the
-            default with a budget), or `awq` and `awq+gptq` (the same two after channels are scaled where that changes
-            nothing but what rounding costs; norms and biases change with them).
+        method: how codes are chosen: `rtn` (round to nearest: seconds instead of minutes), or by what a calibration
+            text sends into each layer: `search` (scale and bias of each group), `gptq` (searched grids with error
+            feedback), or `awq` and `awq+gptq` (the same two after channels are scaled where that changes nothing but
+            what rounding costs; norms and biases change with them). Default: `gptq` where a matrix gets 6 bits or fewer
+            and loses by that, `rtn` else, with an importance matrix, and where `gptq` cannot run; the plan's notes
+            say which, and why. The portable recipe has a search of its own.
         calib: calibration text: `builtin`, `self` (the model writes it), or a file of text or JSON lines.
         calib_sequences, calib_length: how much of it is read, and in sequences of how many tokens.
         seed: of what is drawn: the model's own text, and the tokens that sensitivities are measured with.
@@ -128,8 +131,6 @@ def convert(
     if saved is not None:
         type, method, on_plan = type or saved.type, method or saved.method, saved.checked(on_plan)
         tensor_types, keep = (*saved.tensor_types, *tensor_types), (*saved.keep, *keep)
-    if budget and method is None:
-        method = "gptq"
     calibration = CalibrationRequest(
         os.fspath(calib),
         calib_sequences,
@@ -138,7 +139,7 @@ def convert(
         max_memory=size_in_bytes(max_memory) if max_memory else None,
         tune=tune,
     )
-    if tune and method not in CALIBRATED:
+    if tune and (recipe == "portable" or (method is not None and method not in CALIBRATED)):
         raise PlanError(f"--tune goes on from what a text has chosen: give a --method of {', '.join(CALIBRATED)}")
     job = Job(source, outputs[0], revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
     if len(outputs) > 1:
@@ -150,6 +151,7 @@ def convert(
         from mlxq.conversion.to_both import to_both
 
         return to_both(job, outputs, options, request, imatrix)
+    choice = MethodChoice.of(method, calibration, budget)
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
     of_mlx["--tune"] = tune or None
     if to_file:
@@ -161,9 +163,9 @@ def convert(
         request = GgufRequest(type, tensor_types, imatrix, exact, pre, modelfile, method=method)
 
         def file(job: Job, known: Known | None = None) -> ConversionResult:
-            return to_gguf(job, request, calibration=calibration, budget=budget, known=known)
+            return to_gguf(job, request, calibration=calibration, budget=budget, known=known, choice=choice)
 
-        result = _made(job, file, budget, calibration, request.beside(job.path) if output else ())
+        result = _made(job, file, choice, budget, calibration, request.beside(job.path) if output else ())
         return _with_plan_kept(result, plan, saved)
     if recipe == "portable":
         del of_gguf["--imatrix"]
@@ -172,9 +174,9 @@ def convert(
     from mlxq.conversion.to_mlx import to_mlx
 
     def directory(job: Job, known: Known | None = None) -> ConversionResult:
-        return to_mlx(job, options, imatrix, calibration, budget, known=known)
+        return to_mlx(job, options, imatrix, calibration, budget, known=known, choice=choice)
 
-    return _with_plan_kept(_made(job, directory, budget, calibration), plan, saved)
+    return _with_plan_kept(_made(job, directory, choice, budget, calibration), plan, saved)
 
 
 def _saved(path: str | os.PathLike[str] | None, to_file: bool, budget: BudgetRequest) -> PlanFile | None:
@@ -206,12 +208,13 @@ def _with_plan_kept(
 def _made(
     job: Job,
     convert: Callable[..., ConversionResult],
+    choice: MethodChoice,
     budget: BudgetRequest,
     calibration: CalibrationRequest,
     beside: tuple[str, ...] | None = None,
 ) -> ConversionResult:
     if budget.kl is None or job.dry_run:
-        return convert(job)
+        return choice.or_rounding(lambda: convert(job))
     from mlxq.conversion.to_kl import to_kl
 
     return to_kl(job, budget.kl, calibration, convert, beside)

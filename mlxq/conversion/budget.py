@@ -149,7 +149,7 @@ class Known:
         is_costed = bool(budget) or budget.costs is not None
         if is_costed and not budget and not any(p.method in FEEDBACK for p in plan.tensors):
             raise PlanError("--costs is for a budget, or for error feedback (--method gptq), whose tokens it weights")
-        if self.text is None and (is_costed or is_needed(plan)):
+        if self.text is None and (is_costed or (is_needed(plan) and not job.dry_run)):
             self.text = read_text(job, parameters, calibration)
         if self.costs is None and is_costed:
             self.costs = _costs(job, parameters, plan, self.text, calibration, budget)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,11 @@ class CalibrationRequest:
     def __post_init__(self) -> None:
         if type(self.tune) is not int or not 0 <= self.tune <= MOST_STEPS:
             raise PlanError(f"--tune {self.tune}: steps for each block are a whole number from 0 to {MOST_STEPS}")
+
+    @property
+    def is_default(self) -> bool:
+        """Whether neither another text, nor more or less of it, nor tuning was asked for."""
+        return replace(self, seed=0, max_memory=None) == CalibrationRequest()
 
 
 @dataclass(frozen=True)

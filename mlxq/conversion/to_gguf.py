@@ -17,6 +17,7 @@ from mlxq.conversion.budget import Known
 from mlxq.conversion.calibrated import calibrate, is_needed
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.conversion.method_choice import MethodChoice
 from mlxq.conversion.request import MODELFILE, BudgetRequest, CalibrationRequest, GgufRequest, manifest_name
 from mlxq.errors import CheckpointError, PlanError
 from mlxq.formats import crossings
@@ -26,7 +27,7 @@ from mlxq.plan.gguf_mixes import GgufModel
 from mlxq.plan.gguf_planner import GgufOptions, GgufSource, make_gguf_plan, with_nearest_file_type
 from mlxq.plan.methods import CALIBRATED
 from mlxq.plan.planner import Plan
-from mlxq.types import TensorInfo
+from mlxq.types import Method, TensorInfo
 from mlxq.writers.gguf.hyperparameters import rope_tensors
 from mlxq.writers.gguf.metadata import file_metadata, file_type_number, metadata_notes, ollama_modelfile
 from mlxq.writers.gguf.target import GgufTarget, bytes_beside
@@ -46,12 +47,13 @@ def to_gguf(
     calibration: CalibrationRequest = CalibrationRequest(),  # noqa: B008
     budget: BudgetRequest = BudgetRequest(),  # noqa: B008
     known: Known | None = None,
+    choice: MethodChoice | None = None,
 ) -> ConversionResult:
     """Plan, write and prove a GGUF file; see `mlxq.convert`.
 
     `compare` is called with the file while that is staged, and gives notes for the manifest. `calibration` is for
     methods that read a text, `budget` for types chosen by measurement, `known` what other conversions of the model
-    have made already.
+    have made already, and `choice` decides on the method where `request` has none.
     """
     options = GgufOptions(request.type, request.tensor_types, request.exact, request.as_stored, request.method)
     stage = None
@@ -66,15 +68,23 @@ def to_gguf(
         _, arch = architecture_for(checkpoint.config)
         parameters = ParameterMap(checkpoint)
         names = gguf_names(parameters)
-        has_importance = importance is not None or request.method in CALIBRATED
         model = _model(checkpoint.config, arch)
-        plan = _plan(parameters, names, options, model, has_importance)
+        sources = _sources(parameters, names, options)
+        choice = choice or MethodChoice(request.method)
+
+        def planned(method: Method | None) -> Plan:
+            how = dataclasses.replace(options, method=method)
+            has_imatrix = importance is not None or method in CALIBRATED
+            return make_gguf_plan(sources, how, model, has_imatrix=has_imatrix, dropped=parameters.dropped)
+
+        plan = choice.plan(planned, has_own=importance is not None or request.as_stored)
         without = check_importance(importance, plan.tensors, names)
         # Made before any work: most of what can be wrong with a tokenizer or a setting shows here.
         metadata = file_metadata(checkpoint, arch, plan, source=job.source_name, pre=request.pre)
         rope = rope_tensors(checkpoint.config)
         known = known or Known()
-        known.prepare(job, parameters, plan, calibration, budget)
+        with choice.trying():
+            known.prepare(job, parameters, plan, calibration, budget)
         stored_names = {name: mapped.name for name, mapped in names.items()}
         if budget:
             # What is said of types that do not fit rows is of the types that are replaced.
@@ -91,7 +101,8 @@ def to_gguf(
         weighting = Weighting(importance, stored_names)
         codes, calibrated, scaled = None, list[str](), parameters
         if is_needed(plan):
-            found = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
+            with choice.trying():
+                found = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
             codes, calibrated, scaled = found
             plan = scaled.explained(plan)
         target = GgufTarget(scaled, plan, names, metadata, rope, weighting, stage.path.name, codes)
@@ -109,7 +120,9 @@ def to_gguf(
                 manifest_name(stage.path),
                 manifest_json(
                     source=job.describe(checkpoint, digests.source),
-                    options=job.options | _options(request, calibration if codes else None, budget),
+                    options=job.options
+                    | _options(request, calibration if codes else None, budget)
+                    | choice.described(),
                     plan=plan,
                     files=digests.written,
                     verification=verification.to_dict() if verification else None,
@@ -149,16 +162,10 @@ def _model(config: dict[str, Any], arch: GgufArchitecture) -> GgufModel:
     )
 
 
-def _plan(
-    parameters: ParameterMap,
-    names: dict[str, MappedTensor],
-    options: GgufOptions,
-    model: GgufModel,
-    has_imatrix: bool,
-) -> Plan:
+def _sources(parameters: ParameterMap, names: dict[str, MappedTensor], options: GgufOptions) -> list[GgufSource]:
     # Blocks that are stored as they are need no other type.
     asked = bool(options.file_type or options.tensor_types)
-    sources = [
+    return [
         GgufSource(
             info,
             names[info.name].name,
@@ -166,7 +173,6 @@ def _plan(
         )
         for info in parameters.tensors.values()
     ]
-    return make_gguf_plan(sources, options, model, has_imatrix=has_imatrix, dropped=parameters.dropped)
 
 
 def _exact_types(parameters: ParameterMap, info: TensorInfo) -> tuple[str, ...]:

@@ -17,9 +17,11 @@ from mlxq.conversion.budget import Known
 from mlxq.conversion.calibrated import calibrate, is_needed
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
 from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.conversion.method_choice import MethodChoice
 from mlxq.conversion.request import BudgetRequest, CalibrationRequest
 from mlxq.errors import CheckpointError
-from mlxq.plan.planner import PlanOptions, make_plan
+from mlxq.plan.planner import Plan, PlanOptions, make_plan
+from mlxq.types import Method
 from mlxq.writers import mlx as mlx_writer
 from mlxq.writers.laid_out import sha256
 from mlxq.writers.manifest import NAME as MANIFEST
@@ -37,11 +39,13 @@ def to_mlx(
     budget: BudgetRequest = BudgetRequest(),  # noqa: B008
     before_commit: Callable[[Path, dict[str, Any]], None] = lambda staged, source: None,
     known: Known | None = None,
+    choice: MethodChoice | None = None,
 ) -> ConversionResult:
     """Plan, write and prove an MLX directory; see `mlxq.convert`.
 
     `imatrix` weights the errors of the portable recipe; `calibration` is for methods that read a text, `budget`
-    for bits chosen by measurement, `known` what other conversions of the model have made already.
+    for bits chosen by measurement, `known` what other conversions of the model have made already, and `choice` decides
+    on the method where `options` has none.
     `before_commit` is called with the stage and what the manifest says of the source, when all is staged.
     """
     stage = None if job.dry_run else OutputDirectory(job.path, overwrite=job.overwrite)
@@ -50,16 +54,11 @@ def to_mlx(
         if stage is not None:
             refuse_source(stage.path, checkpoint)
         parameters = ParameterMap(checkpoint)
-        plan = make_plan(
-            parameters.tensors.values(),
-            options,
-            float_modules=parameters.float_modules,
-            cast_protected=parameters.cast_protected,
-            dropped=parameters.dropped,
-            model_dtype=checkpoint.config.get("torch_dtype"),
-        )
+        choice = choice or MethodChoice(options.method)
+        plan = choice.plan(lambda method: _plan(parameters, options, method), has_own=options.recipe == "portable")
         known = known or Known()
-        known.prepare(job, parameters, plan, calibration, budget)
+        with choice.trying():
+            known.prepare(job, parameters, plan, calibration, budget)
         if budget:
             plan = known.within_budget(plan, budget, checkpoint.config)
         names = gguf_names(parameters) if importance else {}
@@ -75,7 +74,8 @@ def to_mlx(
         weighting = Weighting(importance, {name: mapped.name for name, mapped in names.items()})
         codes, calibrated, scaled = None, list[str](), parameters
         if is_needed(plan):
-            found = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
+            with choice.trying():
+                found = calibrate(job, stage.path, parameters, plan, known.text, calibration, known.costs)
             codes, calibrated, scaled = found
             plan = scaled.explained(plan)
         target = mlx_writer.MlxTarget(scaled, plan, weighting, codes)
@@ -93,7 +93,7 @@ def to_mlx(
                 MANIFEST,
                 manifest_json(
                     source=described,
-                    options=_options(options, imatrix, calibration if codes else None, budget),
+                    options=_options(options, imatrix, calibration if codes else None, budget) | choice.described(),
                     plan=plan,
                     files=dict(sorted(files.items())),
                     verification=verification.to_dict() if verification else None,
@@ -104,6 +104,17 @@ def to_mlx(
             before_commit(stage.stage, described)
             stage.commit()
         return ConversionResult(stage.path, plan, checkpoint.config, verification, tuple(notes))
+
+
+def _plan(parameters: ParameterMap, options: PlanOptions, method: Method | None) -> Plan:
+    return make_plan(
+        parameters.tensors.values(),
+        dataclasses.replace(options, method=method),
+        float_modules=parameters.float_modules,
+        cast_protected=parameters.cast_protected,
+        dropped=parameters.dropped,
+        model_dtype=parameters.checkpoint.config.get("torch_dtype"),
+    )
 
 
 def _options(

@@ -18,7 +18,7 @@ def source(tmp_path_factory):
 @pytest.fixture(scope="module")
 def converted(source):
     out = source.parent / "converted"
-    done = mlxq("convert", source, "-o", out, "--bits", 4)
+    done = mlxq("convert", source, "-o", out, "--bits", 4, "--method", "rtn")
     assert done.returncode == 0, done.stderr
     return out, done
 
