@@ -1,4 +1,4 @@
-"""Convert a checkpoint to 4-bit group 64 without the proof, against `mlx_lm.convert`, and with twice the layers.
+"""Round a checkpoint to 4-bit group 64, without the proof, against `mlx_lm.convert`, and with twice the layers.
 
     python bench/convert.py CHECKPOINT [--runs 5]
 
@@ -61,8 +61,8 @@ def synthetic(path: Path, tokenizer: Path, layers: int) -> Path:
 
 def ours(source: Path, out: Path) -> list[str]:
     code = (
-        "import sys, mlxq; "
-        "mlxq.convert(sys.argv[1], sys.argv[2], bits=4, group_size=64, tensor_types=['embed_tokens=4'], verify=False)"
+        "import sys, mlxq; mlxq.convert("
+        "sys.argv[1], sys.argv[2], bits=4, group_size=64, tensor_types=['embed_tokens=4'], method='rtn', verify=False)"
     )
     shutil.rmtree(out, ignore_errors=True)
     return [sys.executable, "-c", code, str(source), str(out)]

@@ -61,7 +61,8 @@ def main() -> None:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         path = Path(tmp) / "4bit"
-        mlxq.convert(args.checkpoint, path, bits=4, group_size=64, tensor_types=["embed_tokens=4"], verify=False)
+        how = {"tensor_types": ["embed_tokens=4"], "method": "rtn", "verify": False}
+        mlxq.convert(args.checkpoint, path, bits=4, group_size=64, **how)
         ours, peer = [], []
         for _ in range(args.runs):
             ours.append(rates(OURS, path, 512, args.tokens))

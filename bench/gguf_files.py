@@ -20,7 +20,8 @@ THREADS = 2
 
 
 def ours(source: Path, out: Path, file_type: str) -> list[str]:
-    code = "import sys, mlxq; mlxq.convert(sys.argv[1], sys.argv[2], type=sys.argv[3], verify=False, overwrite=True)"
+    how = "method='rtn', verify=False, overwrite=True"
+    code = f"import sys, mlxq; mlxq.convert(sys.argv[1], sys.argv[2], type=sys.argv[3], {how})"
     return [sys.executable, "-c", code, str(source), str(out), file_type]
 
 

@@ -28,7 +28,7 @@ def main() -> None:
     print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as tmp:
         for name, options in CASES:
-            r = mlxq.convert(args.checkpoint, Path(tmp) / "out", overwrite=True, **options)
+            r = mlxq.convert(args.checkpoint, Path(tmp) / "out", method="rtn", overwrite=True, **options)
             v = r.verification
             print(
                 f"| {name} | {r.plan.bpw:.2f} | {r.plan.nbytes / 1e6:.0f} | {v.kl:.4f} ± {v.kl_se:.4f} | "
