@@ -81,6 +81,7 @@ class TensorPlan:
     `method` says how codes are chosen where they are not taken over: `rtn` rounds to nearest, `portable` searches those
     that ggml's blocks hold too, the others look at what a calibration text sends into the layer. `scaled` tensors are
     not the source's: their channels are scaled, together with those of others, such that the model is the same.
+    `four_way` grids have integer zero points, and scales that no float16 product with them rounds.
     """
 
     info: TensorInfo
@@ -90,6 +91,7 @@ class TensorPlan:
     reason: str
     method: Method = "rtn"
     scaled: bool = False
+    four_way: bool = False
 
 
 @dataclass(frozen=True)

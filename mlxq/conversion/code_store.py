@@ -215,7 +215,7 @@ def store_key(
     from mlxq import __version__
 
     files = [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in parameters.checkpoint.files()]
-    planned = [[p.info.name, p.action, str(p.spec), p.dtype, p.method] for p in plan.tensors]
+    planned = [[p.info.name, p.action, str(p.spec), p.dtype, p.method, p.four_way] for p in plan.tensors]
     asked = {k: v for k, v in dataclasses.asdict(request).items() if k not in _NOT_IN_KEY}
     return {
         "mlxq": __version__,

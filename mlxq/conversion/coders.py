@@ -101,11 +101,11 @@ class AffineCoder:
         importance: np.ndarray | None = None,
         sweeps: int = 1,
     ) -> tuple[QuantizedTensor, np.ndarray]:
-        how = {"curvature": curvature, "importance": importance, "sweeps": sweeps}
+        how = {"curvature": curvature, "importance": importance, "sweeps": sweeps, "four_way": plan.four_way}
         return calibrated.quantize(w, plan.spec, plan.dtype, **how)
 
     def rounded(self, w: np.ndarray, plan: TensorPlan) -> tuple[QuantizedTensor, np.ndarray]:
-        return calibrated.rounded(w, plan.spec, plan.dtype)
+        return calibrated.rounded(w, plan.spec, plan.dtype, four_way=plan.four_way)
 
     def decoded(self, codes: QuantizedTensor, plan: TensorPlan) -> np.ndarray:
         return crossings.dequantize(codes)

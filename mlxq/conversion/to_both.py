@@ -15,6 +15,7 @@ from mlxq.conversion.to_gguf import to_gguf
 from mlxq.conversion.to_mlx import to_mlx
 from mlxq.errors import OutputError, PlanError, VerificationError
 from mlxq.plan.planner import PlanOptions
+from mlxq.plan.recipes import RECIPES_OF_BOTH
 from mlxq.writers.output_file import OutputFile, kept
 
 
@@ -25,7 +26,7 @@ def to_both(
     request: GgufRequest,
     imatrix: str | os.PathLike[str] | None = None,
 ) -> ConversionResult:
-    """Quantize by the portable recipe, write both, and compare them tensor by tensor; see `mlxq.convert`.
+    """Quantize by the portable or four-way recipe, write both, and compare them tensor by tensor; see `mlxq.convert`.
 
     The GGUF file is made from the directory while that is still staged, so its blocks are the directory's codes. It
     takes its place first; if the directory then cannot, what the file has replaced is put back.
@@ -39,11 +40,13 @@ def to_both(
     directories = [o for o in outputs if not is_gguf(o)]
     if len(files) != 1 or len(directories) != 1:
         raise PlanError(
-            f"more than one output is one directory and one file that ends in {GGUF_SUFFIX}, by the portable recipe; "
-            f"got {', '.join(map(os.fspath, outputs))}"
+            f"more than one output is one directory and one file that ends in {GGUF_SUFFIX}, by the portable or "
+            f"four-way recipe; got {', '.join(map(os.fspath, outputs))}"
         )
-    if options.recipe != "portable":
-        raise PlanError("two outputs need --recipe portable: it alone chooses codes that both containers hold")
+    if options.recipe not in RECIPES_OF_BOTH:
+        raise PlanError(
+            f"two outputs need --recipe {' or '.join(RECIPES_OF_BOTH)}: they alone choose codes that both containers hold"
+        )
     first = replace(job, output=directories[0])
     second = replace(job, output=files[0], verify=False, on_plan=None, name=job.source)
     beside = request.beside(second.path)

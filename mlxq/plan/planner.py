@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mlxq.errors import PlanError
 from mlxq.formats import geometry
-from mlxq.plan import dtypes
+from mlxq.plan import dtypes, four_way
 from mlxq.plan.methods import check_method
 from mlxq.plan.patterns import check_legal, pattern, tensor_type, texts
 from mlxq.plan.recipes import PORTABLE_GROUP, RECIPES, check_portable, recipe_bits
@@ -57,12 +57,19 @@ class PlanOptions:
         if self.dtype is not None and self.dtype not in DTYPE_NAMES.values():
             raise PlanError(f"unknown dtype {self.dtype!r}: choose one of {', '.join(sorted(DTYPE_NAMES.values()))}")
         object.__setattr__(self, "_types", [tensor_type(t, DEFAULT_GROUP_SIZE) for t in self.tensor_types])
+        if self.is_four_way:
+            four_way.check_options(self.base.bits, self.dtype, [(t[1], t[3]) for t in self._types])
+            object.__setattr__(self, "dtype", "float16")
         object.__setattr__(self, "_keep", [(pattern(k, "--keep"), k) for k in self.keep])
 
     @property
     def says_how(self) -> bool:
         """Whether bits, group size or recipe were asked for."""
         return any(v is not None for v in (self.bits, self.group_size, self.recipe))
+
+    @property
+    def is_four_way(self) -> bool:
+        return self.recipe == "four-way"
 
     @property
     def base(self) -> QuantSpec:
@@ -150,11 +157,15 @@ def make_plan(
             plans.append(TensorPlan(info, "keep", None, stored, reason + why))
         else:
             scales = dtypes.scales_dtype(info, spec, dtype, options.dtype) if spec.mode == "affine" else "U8"
-            action, reason = _action(info, spec, scales, reason)
+            # Codes as in the source have another grid.
+            taken = info if not options.is_four_way else replace(info, spec=None)
+            action, reason = _action(taken, spec, scales, reason)
             if scales not in (dtype, "U8"):
                 reason += f", scales in {DTYPE_NAMES[scales]}: {DTYPE_NAMES[dtype]} would round them"
-            plans.append(TensorPlan(info, action, spec, scales, reason, chooser.method))
+            plans.append(TensorPlan(info, action, spec, scales, reason, chooser.method, four_way=options.is_four_way))
     chooser.refuse_unmatched()
+    if options.is_four_way:
+        four_way.check_plan(plans)
     if options.exact:
         for plan in plans:
             _refuse_lossy(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlxq.errors import PlanError
+from mlxq.plan import four_way
 from mlxq.plan.roles import Role, is_sensitive
 
 #: Lowest bits of a role, whatever the recipe; `--tensor-type` alone goes below. Routers decide which expert runs,
@@ -13,7 +14,9 @@ FLOORS: dict[Role, int] = {"router": 8, "embedding": 6}
 #: (Q4_K to Q6_K) and those of its neighbours.
 _MORE = {2: 4, 3: 5, 4: 6, 5: 6, 6: 8, 8: 8}
 
-RECIPES = ("uniform", "mixed", "portable")
+RECIPES = ("uniform", "mixed", "portable", "four-way")
+#: Those whose codes an MLX directory and a GGUF file both hold.
+RECIPES_OF_BOTH = ("portable", "four-way")
 
 #: Bits and group size that ggml's blocks hold too: Q4_K or Q4_1, Q5_K or Q5_1, Q8_0.
 PORTABLE_BITS = (4, 5, 8)
@@ -45,6 +48,8 @@ def recipe_bits(recipe: str, role: Role, layer: int | None, n_layers: int, bits:
     """
     if recipe not in RECIPES:
         raise PlanError(f"unknown recipe {recipe!r}: choose one of {', '.join(RECIPES)}")
+    if recipe == "four-way":
+        return (four_way.BITS_BESIDE if role in ("embedding", "head") else bits), f"{recipe}: {role}"
     chosen, reason = bits, f"{recipe}: {role}"
     more = {"mixed": _MORE, "portable": _MORE_PORTABLE}.get(recipe)
     if more and role in ("head", "embedding"):

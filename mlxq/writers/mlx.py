@@ -36,6 +36,10 @@ def _quantize(w: np.ndarray, plan: TensorPlan, importance: np.ndarray | None) ->
         from mlxq.quantizers import portable
 
         return portable.quantize(w, plan.spec, plan.dtype, importance)
+    if plan.four_way:
+        from mlxq.quantizers import calibrated
+
+        return calibrated.rounded(floats.to_float32(w, floats.dtype_of(w)), plan.spec, plan.dtype, four_way=True)[0]
     return rtn.quantize(w, plan.spec, plan.dtype)
 
 
