@@ -35,6 +35,7 @@ _EXPERTS = 4
 #: Errors of a matrix inside a block are alike at successive tokens and in successive blocks, which the independence
 #: that costs are computed with leaves out. Measured in a model of 226M weights, by quantizing one kind of matrix at a
 #: time: KL divergences of 1.3 and 1.4 times what is computed for embedding and head, 1.8 to 2.1 times inside blocks.
+#: All together they add up to more: at 4.5 bpw KL was 0.0532 with 1.5, 0.0490 with 3, 0.0505 with 4.5.
 _ALIKE = 3.0
 
 
