@@ -138,7 +138,7 @@ def test_gptq_weights_tokens_by_what_was_measured(tmp_path: Path, place: Path) -
     assert not same["blk.0.ffn_up.weight"]
     assert not same["token_embd.weight"]
     with pytest.raises(PlanError, match="--costs is for a budget"):
-        run(place, tmp_path / "c.gguf", type="Q4_K_M", costs=place / "costs")
+        run(place, tmp_path / "c.gguf", type="Q4_K_M", method="rtn", costs=place / "costs")
 
 
 def test_what_does_not_go_with_a_budget_is_refused_before_anything_is_read(tmp_path: Path) -> None:
