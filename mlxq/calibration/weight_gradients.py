@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -37,23 +37,24 @@ class WeightGradients:
         self.found = {}
 
     @contextlib.contextmanager
-    def of(self, owner: Any, prefix: str, names: list[str]) -> Iterator[None]:
+    def of(self, owner: Any, prefix: str, names: Sequence[str]) -> Iterator[None]:
         """Layers whose weights are `names`, in `owner` whose path in the model is `prefix`, while the `with` lasts.
 
         The layers are left with the weights that they were given last.
         """
         with contextlib.ExitStack() as stack:
             for name in names:
-                *parents, last = name.removesuffix(".weight").removeprefix(f"{prefix}.").split(".")
-                parent = owner
-                for part in parents:
-                    parent = parent[int(part)] if isinstance(parent, list) else parent[part]
-                layer = _Differentiated(parent[last], name, self.found_at)
-                parent[last] = self._layers[name] = layer
-                stack.callback(_give_back, parent, last, layer)
+                parent: Any = None
+                place: Any = owner
+                for part in name.removesuffix(".weight").removeprefix(f"{prefix}.").split("."):
+                    parent, at = place, int(part) if isinstance(place, list) else part
+                    place = parent[at]
+                layer = _Differentiated(place, name, self._add)
+                parent[at] = self._layers[name] = layer
+                stack.callback(_give_back, parent, at, layer)
             yield
 
-    def found_at(self, name: str, gradient: np.ndarray | None, expert: int | None, shape: tuple[int, ...]) -> None:
+    def _add(self, name: str, gradient: np.ndarray | None, expert: int | None, shape: tuple[int, ...]) -> None:
         total = self.found.setdefault(name, np.zeros(shape, np.float32))
         if expert is None:
             total += gradient
@@ -61,17 +62,17 @@ class WeightGradients:
             total[expert] += gradient
 
 
-def _give_back(parent: Any, name: str, layer: _Differentiated) -> None:
-    parent[name] = layer.unread
+def _give_back(parent: Any, at: Any, layer: _Differentiated) -> None:
+    parent[at] = layer.unread
 
 
 class _Differentiated(Proxy):
     """Stands where a matrix layer was."""
 
-    def __init__(self, layer: nn.Module, name: str, found_at: Any):
+    def __init__(self, layer: nn.Module, name: str, add: Callable[..., None]):
         super().__init__(layer)
         self._name = name
-        self._found_at = found_at
+        self._add = add
 
     def put(self, weight: mx.array) -> None:
         self._module = with_float_weight(self._module, weight)
@@ -90,11 +91,11 @@ class _Differentiated(Proxy):
         x, g = (a.reshape(-1, a.shape[-1]).astype(mx.float32) for a in (x, gradient))
         shape = tuple(self._module.weight.shape)
         if experts is None:
-            self._found_at(self._name, _product(g, x), None, shape)
+            self._add(self._name, _product(g, x), None, shape)
             return
         for expert in np.unique(experts):
             rows = mx.array(np.flatnonzero(experts == expert))
-            self._found_at(self._name, _product(g[rows], x[rows]), int(expert), shape)
+            self._add(self._name, _product(g[rows], x[rows]), int(expert), shape)
 
 
 def _product(g: mx.array, x: mx.array) -> np.ndarray:
