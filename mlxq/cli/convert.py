@@ -37,8 +37,8 @@ def convert(
             "--output",
             "-o",
             metavar="PATH",
-            help="Directory to make for MLX, or a file name that ends in .gguf; with --recipe portable both, each with "
-            "its own -o. Not needed with --dry-run.",
+            help="Directory to make for MLX, or a file name that ends in .gguf; with --recipe portable or four-way "
+            "both, each with its own -o. Not needed with --dry-run.",
         ),
     ] = None,
     bits: Annotated[
@@ -65,8 +65,9 @@ def convert(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="uniform; mixed: more bits for value, down-projection, embedding and head; or portable: as mixed, in "
-            "codes that a GGUF file holds exactly too. (default: uniform)",
+            help="uniform; mixed: more bits for value, down-projection, embedding and head; portable: as mixed, in "
+            "codes that a GGUF file holds exactly too; or four-way: 4 bits that GGUF, GPTQ and AWQ files hold exactly. "
+            "(default: uniform)",
             show_default=False,
             rich_help_panel=PLAN,
         ),

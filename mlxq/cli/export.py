@@ -1,4 +1,4 @@
-"""`mlxq export`: a model as a GGUF file, as it is."""
+"""`mlxq export`: a model as a GGUF file, or as GPTQ or AWQ, as it is."""
 
 from __future__ import annotations
 
@@ -15,7 +15,19 @@ def export(
     output: Annotated[
         str | None,
         typer.Option(
-            "--output", "-o", metavar="PATH", help="File to make, which ends in .gguf; not needed with --dry-run."
+            "--output",
+            "-o",
+            metavar="PATH",
+            help="File to make, which ends in .gguf, or with --to the directory; not needed with --dry-run.",
+        ),
+    ] = None,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="gptq, gptq_v1 (for loaders older than version 2) or awq: a directory for CUDA servers instead of a "
+            "GGUF file. Needs integer zero points, as convert --recipe four-way makes them.",
+            show_default=False,
         ),
     ] = None,
     tensor_type: Annotated[
@@ -36,17 +48,20 @@ def export(
     overwrite: Overwrite = False,
     revision: Revision = None,
 ) -> None:
-    """Write a model as a GGUF file as it is: MLX's codes keep their decoded weights, floats their type."""
+    """Write a model as a GGUF file, GPTQ or AWQ as it is: MLX's codes keep their decoded weights."""
     from mlxq.cli.render import ProgressBars, print_plan, print_result, print_summary
     from mlxq.conversion import export as run
     from mlxq.errors import OutputError
 
     if not output and not dry_run:
-        raise OutputError("say where the result goes, with --output FILE.gguf (or plan only, with --dry-run)")
+        raise OutputError(
+            "say where the result goes, with --output FILE.gguf, or --to and a directory (or plan only: --dry-run)"
+        )
     with ProgressBars() as bars:
         result = run(
             source,
             output,
+            to=to,
             tensor_types=tuple(tensor_type or ()),
             exact=exact,
             pre=pre,

@@ -70,8 +70,9 @@ def convert(
         type: of a GGUF file, as llama.cpp names it (`Q4_K_M`, `Q8_0`, `BF16` ...); default what a quantized source
             holds, else `Q4_K_M`.
         bits, group_size: of MLX's affine grid; default 4 and 64, or the codes of an already quantized source.
-        recipe: of an MLX directory: `uniform`, `mixed` (more bits for sensitive tensors), or `portable` (the same,
-            in codes that a GGUF file can hold exactly).
+        recipe: of an MLX directory: `uniform`, `mixed` (more bits for sensitive tensors), `portable` (the same,
+            in codes that a GGUF file can hold exactly), or `four-way` (4 bits that a GGUF file, GPTQ and AWQ hold
+            exactly, in float16; see `export`).
         tensor_types: overrides, the last that matches wins: `REGEX=BITS[:GROUP]` with parameter names for MLX,
             `REGEX=TYPE` with GGUF names for GGUF.
         keep: regular expressions of parameters that stay float in an MLX directory.
@@ -142,16 +143,20 @@ def convert(
     if tune and (recipe == "portable" or (method is not None and method not in CALIBRATED)):
         raise PlanError(f"--tune goes on from what a text has chosen: give a --method of {', '.join(CALIBRATED)}")
     job = Job(source, outputs[0], revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
+    choice = MethodChoice.of(method, calibration, budget)
+    if recipe == "four-way":
+        of_others = {"a budget": budget or None, "--tune": tune or None, "--imatrix": imatrix}
+        _refuse(of_others, "other recipes: the four-way recipe has 4 bits, and scales and zero points of its own")
     if len(outputs) > 1:
         _refuse({"a budget": budget or None}, "one output, not for the portable recipe's two")
-        _refuse({"--type": type, "--method": method}, "a GGUF file alone; the portable recipe takes --bits")
+        of_one = {"--type": type} | ({"--method": method} if recipe == "portable" else {})
+        _refuse(of_one, "a GGUF file alone; the portable recipe takes --bits")
         _refuse({"--costs": costs, "--plan": plan}, "one output, not for the portable recipe's two")
         options = PlanOptions(bits, group_size, recipe, tensor_types, keep, dtype, exact, method)
         request = GgufRequest(exact=True, pre=pre, modelfile=modelfile, as_stored=True)
         from mlxq.conversion.to_both import to_both
 
-        return to_both(job, outputs, options, request, imatrix)
-    choice = MethodChoice.of(method, calibration, budget)
+        return choice.or_rounding(lambda: to_both(job, outputs, options, request, imatrix, calibration, choice))
     of_mlx = {"--bits": bits, "--group-size": group_size, "--recipe": recipe, "--keep": keep or None, "--dtype": dtype}
     of_mlx["--tune"] = tune or None
     if to_file:
@@ -225,6 +230,7 @@ def export(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
+    to: str | None = None,
     tensor_types: str | Sequence[str] = (),
     exact: bool = False,
     pre: str | None = None,
@@ -237,23 +243,40 @@ def export(
     progress: ProgressCallback | None = None,
     cancel: CancelToken | None = None,
 ) -> ConversionResult:
-    """Write a model as a GGUF file as it is: quantized tensors keep their codes, float tensors their type.
+    """Write a model as a GGUF file, or as GPTQ or AWQ, as it is: quantized tensors keep their codes.
 
     MLX's 2 to 5 bit codes become Q4_1, Q5_1 or a smaller type that holds them exactly, with the same decoded weights.
     What no ggml type holds exactly (6-bit grids, 8-bit ones with offsets, scales beyond float16) is rounded and said.
 
+    GPTQ and AWQ have integer zero points, which the four-way recipe makes, and every GPTQ or AWQ model has. What
+    `mx.quantize` makes has them nearly: they are rounded and that is said; other grids are refused. Embedding and head
+    are floats there.
+
     Args:
         source: an MLX directory (by mlxq or mlx-lm), a Hugging Face directory, a GGUF file, or a Hub id.
-        output: the file to make, which ends in `.gguf`; not needed for a dry run.
-        tensor_types, exact, pre, modelfile, revision, overwrite, verify, dry_run, on_plan, progress, cancel: as in
-            `convert`.
+        output: the file to make, which ends in `.gguf`, or with `to` the directory; not needed for a dry run.
+        to: `gptq` (the version that GPTQModel reads: 1 where zero points are the middle code, else 2), `gptq_v1`
+            (version 1 for older loaders) or `awq` (4 bits); None: a GGUF file.
+        tensor_types, pre, modelfile: of a GGUF file, as in `convert`.
+        exact, revision, overwrite, verify, dry_run, on_plan, progress, cancel: as in `convert`.
 
     Raises:
         MlxqError: a subclass for each stage; nothing is left at `output` then.
     """
     job = Job(source, output, revision, overwrite, verify, dry_run, on_plan, progress, cancel or CancelToken())
+    if to is not None:
+        if is_gguf(output):
+            raise PlanError(f"{os.fspath(output)}: --to {to} makes a directory; leave --to out for a GGUF file")
+        of_gguf = {"--tensor-type": tensor_types or None, "--pre": pre, "--modelfile": modelfile or None}
+        _refuse(of_gguf, f"a GGUF file, not for --to {to}")
+        from mlxq.conversion.to_packed import to_packed
+
+        return to_packed(job, to, exact=exact)
     if output is not None and not is_gguf(output):
-        raise PlanError(f"{os.fspath(output)}: an export is a GGUF file: give it a name that ends in {GGUF_SUFFIX}")
+        raise PlanError(
+            f"{os.fspath(output)}: an export is a GGUF file: give it a name that ends in {GGUF_SUFFIX}, or say "
+            "--to gptq or --to awq"
+        )
     from mlxq.conversion.to_gguf import to_gguf
 
     return to_gguf(job, GgufRequest(None, _patterns(tensor_types), None, exact, pre, modelfile, as_stored=True))

@@ -10,7 +10,8 @@ from typing import Any
 
 from mlxq.conversion.importance import refuse_importance
 from mlxq.conversion.job import ConversionResult, Job
-from mlxq.conversion.request import GGUF_SUFFIX, GgufRequest, is_gguf
+from mlxq.conversion.method_choice import MethodChoice
+from mlxq.conversion.request import GGUF_SUFFIX, CalibrationRequest, GgufRequest, is_gguf
 from mlxq.conversion.to_gguf import to_gguf
 from mlxq.conversion.to_mlx import to_mlx
 from mlxq.errors import OutputError, PlanError, VerificationError
@@ -25,6 +26,8 @@ def to_both(
     options: PlanOptions,
     request: GgufRequest,
     imatrix: str | os.PathLike[str] | None = None,
+    calibration: CalibrationRequest = CalibrationRequest(),  # noqa: B008
+    choice: MethodChoice | None = None,
 ) -> ConversionResult:
     """Quantize by the portable or four-way recipe, write both, and compare them tensor by tensor; see `mlxq.convert`.
 
@@ -45,7 +48,7 @@ def to_both(
         )
     if options.recipe not in RECIPES_OF_BOTH:
         raise PlanError(
-            f"two outputs need --recipe {' or '.join(RECIPES_OF_BOTH)}: they alone choose codes that both containers hold"
+            f"two outputs need --recipe {' or '.join(RECIPES_OF_BOTH)}: those alone choose codes that both hold"
         )
     first = replace(job, output=directories[0])
     second = replace(job, output=files[0], verify=False, on_plan=None, name=job.source)
@@ -64,10 +67,10 @@ def to_both(
         made.append(to_gguf(of_stage, request, lambda file: _compare(staged, file, first, second)))
 
     if job.dry_run:
-        return to_mlx(first, options, imatrix)
+        return to_mlx(first, options, imatrix, calibration, choice=choice)
     with kept(second.path, beside):
         try:
-            result = to_mlx(first, options, imatrix, before_commit=export)
+            result = to_mlx(first, options, imatrix, calibration, before_commit=export, choice=choice)
         except BaseException:
             if made and is_new:
                 for name in (second.path.name, *beside):

@@ -20,8 +20,9 @@ from mlxq.writers.laid_out import LaidOutFiles
 
 #: Bytes after which a new shard begins, as on the Hub and in mlx-lm.
 MAX_SHARD_BYTES = 5 << 30
-#: Codes, scales of float modes, and the float types of everything else: no other type is ever planned.
-_ITEM_BYTES = {"U32": 4, "U8": 1} | FLOAT_BYTES
+#: Codes (signed in GPTQ and AWQ files), scales of float modes, and the float types of everything else: no other type
+#: is ever planned.
+_ITEM_BYTES = {"U32": 4, "I32": 4, "U8": 1} | FLOAT_BYTES
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,20 @@ class Entry:
 class SafetensorsWriter(LaidOutFiles):
     """Writes tensors into `directory` as `model.safetensors` or `model-0000i-of-0000n.safetensors` with an index.
 
-    `groups` lists the entries that must share a shard (a weight with its scales and biases).
+    `groups` lists the entries that must share a shard (a weight with its scales and biases); `format` is what the
+    metadata names, `mlx` or `pt`.
     """
 
-    def __init__(self, directory: Path, groups: Iterable[Sequence[Entry]], max_shard_bytes: int = MAX_SHARD_BYTES):
+    def __init__(
+        self,
+        directory: Path,
+        groups: Iterable[Sequence[Entry]],
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+        *,
+        format: str = "mlx",
+    ):
         super().__init__(directory)
+        self._format = format
         shards = _shards(groups, max_shard_bytes)
         total = len(shards)
         try:
@@ -60,7 +70,7 @@ class SafetensorsWriter(LaidOutFiles):
     def _open(self, name: str, entries: list[Entry]) -> None:
         # Wide items first keep every tensor aligned to its item size, as the reference writer does.
         ordered = sorted(entries, key=lambda e: -_ITEM_BYTES[e.dtype])
-        header: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+        header: dict[str, object] = {"__metadata__": {"format": self._format}}
         places, offset = {}, 0
         for e in ordered:
             header[e.name] = {

@@ -76,7 +76,11 @@ class WeightStream:
         target: Target,
         progress: ProgressCallback | None,
         cancel: CancelToken,
+        *,
+        is_whole: Callable[[TensorPlan], bool] = lambda plan: False,
     ):
+        """`is_whole` says which tensors the target takes at once."""
+        self._is_whole = is_whole
         self.parameters = parameters
         self.plan = plan
         self.target = target
@@ -132,9 +136,12 @@ class WeightStream:
             while digested < len(files) and done * len(files) >= digested * total:
                 yield files[digested]
                 digested += 1
-            yield from (_Chunk(p, rows) for rows in p.info.row_ranges(CHUNK_WEIGHTS))
+            yield from (_Chunk(p, rows) for rows in self._row_ranges(p))
             done += p.info.size
         yield from files[digested:]
+
+    def _row_ranges(self, plan: TensorPlan) -> Iterator[slice | None]:
+        return iter([None]) if self._is_whole(plan) else plan.info.row_ranges(CHUNK_WEIGHTS)
 
     def _run(self, writer: LaidOutFiles, work: Path | _Chunk) -> tuple[str, str | int]:
         """Digest of a source file, or the source bytes that were converted."""
