@@ -14,7 +14,9 @@ from command import mlxq
 from numpy.testing import assert_array_equal
 
 from mlxq.conversion import calibrated, convert, export
+from mlxq.conversion.request import CalibrationRequest
 from mlxq.errors import CalibrationError, OutputError, PlanError
+from mlxq.runtime.memory import physical_memory
 from mlxq.types import Progress
 
 pytestmark = pytest.mark.real_default
@@ -179,3 +181,8 @@ def test_what_needs_a_matrix_may_have_a_text_instead(tmp_path: Path, source: Pat
     assert any(NOTE in n for n in convert(wide, tmp_path / "m.gguf", type="Q2_K_S", dry_run=True).plan.notes)
     with pytest.raises(PlanError, match="importance"):
         convert(wide, tmp_path / "m.gguf", type="Q2_K_S", method="rtn", dry_run=True)
+
+
+def test_a_request_takes_a_share_of_the_machine_s_memory_unless_told_otherwise() -> None:
+    assert CalibrationRequest(max_memory=4000).room == 1000
+    assert 0 < CalibrationRequest().room < physical_memory() // 7

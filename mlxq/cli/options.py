@@ -42,7 +42,8 @@ MaxMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Beyond it, such as 8GB, hidden states of the text wait in a temporary file.",
+        help="Beyond it, such as 8GB, hidden states of the text wait in a temporary file. (default: half of the "
+        "machine's memory)",
         show_default=False,
         rich_help_panel=CALIBRATION,
     ),

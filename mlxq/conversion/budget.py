@@ -207,8 +207,7 @@ def _costs(
     sensitivity = None
     if found is not None:
         sensitivity = _sensitivity_of(found, plan, digest(sequences), path)
-    room = None if calibration.max_memory is None else calibration.max_memory // 4
-    options = {"room": room, "known": sensitivity}
+    options = {"room": calibration.room, "known": sensitivity}
     costs = measure_costs(parameters, plan, sequences, job.progress, job.cancel, calibration.seed, **options)
     if found is not None:
         names = {**found.by_tensor, **costs.by_tensor}

@@ -83,9 +83,8 @@ class Calibration:
         self._aside = held_out(len(self.text.sequences))
         of_model = self._matrices, self.cancel, self.progress
         self._tuning = Tuning(self.request.tune, self._aside, self.request.seed, *of_model)
-        limit = self.request.max_memory
         #: Bytes for hidden states, and for the second moments of a stack of experts.
-        self._room = None if limit is None else limit // 4
+        self._room = self.request.room
         length = self.text.sequences.shape[1]
         self._measured = self.costs.sensitivity if self.costs else None
         if self._measured and self.costs.text != digest(self.text.sequences[: self._measured.n_tokens // length]):

@@ -123,9 +123,8 @@ def write_importance(
 
     cancel = cancel or CancelToken()
     job = Job(source, output, revision, overwrite, False, False, None, progress, cancel)
-    # A quarter of the memory holds hidden states, as in a calibrated conversion.
-    room = size_in_bytes(max_memory) // 4 if max_memory else None
-    request = CalibrationRequest(os.fspath(calib), calib_sequences, calib_length, seed)
+    limit = size_in_bytes(max_memory) if max_memory else None
+    request = CalibrationRequest(os.fspath(calib), calib_sequences, calib_length, seed, max_memory=limit)
     stage = _MatrixFile(job.path, overwrite=overwrite)
 
     def report(done: int, total: int) -> None:
@@ -138,8 +137,9 @@ def write_importance(
         parameters = ParameterMap(checkpoint)
         names = {n: m.name for n, m in gguf_names(parameters).items() if parameters.tensors[n].module in _COUNTED}
         text = read_text(job, parameters, request)
+        stream = BlockStream(parameters, text.sequences, room=request.room)
         # Overflow is named where it shows.
-        with np.errstate(over="ignore", invalid="ignore"), BlockStream(parameters, text.sequences, room=room) as stream:
+        with np.errstate(over="ignore", invalid="ignore"), stream:
             length = text.sequences.shape[1]
             matrix = importance_matrix(stream, names, dataset=text.name, length=length, on_block=report)
     with stage:

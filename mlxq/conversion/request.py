@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxq.errors import PlanError
+from mlxq.runtime.memory import physical_memory
 from mlxq.types import Method
 
 GGUF_SUFFIX = ".gguf"
@@ -23,8 +24,8 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 class CalibrationRequest:
     """What was asked for.
 
-    `source` is `builtin`, `self` or a file; `max_memory` bytes decide whether hidden states wait on disk; `tune` is how
-    many gradient steps the codes of each block are moved by, last.
+    `source` is `builtin`, `self` or a file; `max_memory` bytes, by default half of the machine's memory, decide whether
+    hidden states wait on disk; `tune` is how many gradient steps the codes of each block are moved by, last.
 
     Raises:
         PlanError: no number of steps.
@@ -41,6 +42,11 @@ class CalibrationRequest:
     def __post_init__(self) -> None:
         if type(self.tune) is not int or not 0 <= self.tune <= MOST_STEPS:
             raise PlanError(f"--tune {self.tune}: steps for each block are a whole number from 0 to {MOST_STEPS}")
+
+    @property
+    def room(self) -> int:
+        """Bytes for hidden states, and for the second moments of a stack of experts: a quarter of the memory."""
+        return (physical_memory() // 2 if self.max_memory is None else self.max_memory) // 4
 
     @property
     def is_default(self) -> bool:

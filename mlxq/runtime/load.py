@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from mlxq.ops.dispatch import Call, choose
 from mlxq.runtime import generate as _generate
 from mlxq.runtime.fused import install_fused
 from mlxq.runtime.layers import install_layers
+from mlxq.runtime.memory import physical_memory
 from mlxq.runtime.tokenizer import Messages, encode_prompt, load_tokenizer
 from mlxq.runtime.weights import default_compute_dtype, is_float32, load_parameters, matrix_size, release_cache
 from mlxq.types import CancelToken, ProgressCallback
@@ -149,15 +149,10 @@ def _should_widen(parameter_map: ParameterMap, dtype: mx.Dtype | None) -> bool:
     """Whether float matrices become float32, too: if activations are, and it takes less than a quarter of memory."""
     if not is_float32(dtype):
         return False
-    return 4 * matrix_size(parameter_map) <= _memory() // 4
+    return 4 * matrix_size(parameter_map) <= physical_memory() // 4
 
 
 def _should_be_compact(parameter_map: ParameterMap) -> bool:
     """Whether blocks that have an affine grid stay blocks: if their grids would take more than half of memory."""
     grids = [i for i in parameter_map.tensors.values() if i.spec is not None and i.dtype in BLOCK_FORMATS]
-    return sum(quantized_bytes(i.shape, i.spec, "F32") for i in grids) > _memory() // 2
-
-
-def _memory() -> int:
-    """Bytes of the machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return sum(quantized_bytes(i.shape, i.spec, "F32") for i in grids) > physical_memory() // 2

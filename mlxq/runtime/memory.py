@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import sys
+
+
+def physical_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def peak_memory() -> int:

@@ -155,7 +155,7 @@ def test_a_loaded_model_generates_and_says_what_it_holds(tmp_path, type_name):
 
 @pytest.mark.parametrize("memory", [1 << 20, 1 << 34])
 def test_grids_are_given_up_where_memory_is_scarce(tmp_path, monkeypatch, memory):
-    monkeypatch.setattr(load, "_memory", lambda: memory)
+    monkeypatch.setattr(load, "physical_memory", lambda: memory)
     with open_checkpoint(write(tmp_path / "m.gguf", "Q4_K")) as checkpoint:
         source = ParameterMap(checkpoint)
         # 1.4 M weights of 6 bits are more than half a MiB.
