@@ -56,7 +56,7 @@ class Calibration:
         store: where the codes go.
         notes: what a person should know: fallbacks, experts that the text did not reach.
         errors: parameter -> squared output error, of what was kept and of rounding to nearest, relative, on sequences
-            that are held out.
+            that are held out; before tuning, which looks at whole blocks.
     """
 
     parameters: ParameterMap
