@@ -92,7 +92,8 @@ def convert(
         seed: of what is drawn: the model's own text, and the tokens that sensitivities are measured with.
         tune: gradient steps for each block, after its codes are chosen: they go on to move scales, biases and codes
             until the block gives what the float model's block gives. 0: none.
-        max_memory: such as `8GB`: beyond it, hidden states of the text wait in a temporary file.
+        max_memory: such as `8GB`: beyond it, hidden states of the text wait in a temporary file. Default: half of the
+            machine's memory.
         target_bpw, target_size, fit, target_kl: a budget, one of the four: bits per weight, a size such as `4.2GB`,
             the memory of the machine that has to hold weights and a cache of `context` tokens, or the divergence from
             the source in nats per token: then some results are made and measured, and the smallest within it is kept.
