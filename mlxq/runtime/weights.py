@@ -27,6 +27,7 @@ from mlxq.types import DTYPE_NAMES, FLOAT_BYTES, CancelToken, Progress, Progress
 #: Weights decoded at a time.
 _CHUNK = 1 << 22
 _MATRIX_KINDS = ("linear", "embedding", "switch")
+_BITS = {2: mx.uint16, 4: mx.uint32}
 _DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 
@@ -95,7 +96,8 @@ def load_parameters(
         prefix: the module's path in the model (`model.layers.3`); empty for the whole model.
         parameter_map: where each parameter comes from.
         compute_dtype: float dtype of scales, biases, norms and activations; None keeps each as stored.
-        widen: cast float matrices to `compute_dtype` too, instead of keeping their storage dtype.
+        widen: cast float matrices to `compute_dtype` too, instead of keeping their storage dtype; not embeddings that
+            are only looked up, where nothing would be gained.
         progress: called after each tensor, stage `load`.
         cancel: checked before each tensor.
 
@@ -169,11 +171,37 @@ def _arrays(
         scales, biases = (to_mlx(a, dtype) for a in (q.scales, q.biases))
         order = {f"{path}.order": mx.array(source.read_order(info.name))} if permuted else {}
         return {info.name: mx.array(q.w_q), f"{path}.scales": scales, f"{path}.biases": biases} | order
+    widen = widen and not _is_looked_up(info, source)
     if info.module in _MATRIX_KINDS and not widen and info.dtype != "F32":
         dtype = None if is_float32(dtype) else dtype
         if info.dtype not in FLOAT_BYTES:
             return {info.name: to_mlx(_decoded(info, source), dtype)}
+    if info.dtype in FLOAT_BYTES and info.size and not source.is_computed(info.name):
+        return {info.name: _read_in_parts(info, source, dtype)}
     return {info.name: to_mlx(source.read(info.name), dtype)}
+
+
+def _read_in_parts(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | None) -> mx.array:
+    """A float tensor, read some rows at a time into the memory that mlx keeps it in: it is never there twice."""
+    first, *others = info.row_ranges(_CHUNK)
+    part = to_mlx(source.read(info.name, first), dtype)
+    if not others:
+        return part
+    bits = _BITS[part.dtype.size]
+    array = mx.zeros(info.shape, bits)
+    mx.eval(array)
+    held = np.asarray(memoryview(array))
+    held[first] = np.asarray(memoryview(part.view(bits)))
+    for rows in others:
+        held[rows] = np.asarray(memoryview(to_mlx(source.read(info.name, rows), dtype).view(bits)))
+    return array.view(part.dtype)
+
+
+def _is_looked_up(info: TensorInfo, source: ParameterMap) -> bool:
+    """Whether an embedding's rows are all that is asked for: the model has an output projection of its own."""
+    return info.module == "embedding" and any(
+        i.module == "linear" and i.shape[0] == info.shape[0] for i in source.tensors.values()
+    )
 
 
 def _decoded(info: TensorInfo, source: ParameterMap) -> np.ndarray:

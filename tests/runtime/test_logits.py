@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from random_models import CONTINUATION, PROMPT, ZOO, save_random, stock_logits
 
 from mlxq import ops
@@ -156,9 +157,32 @@ def test_dtypes_on_the_cpu(tmp_path):
             model = parameter_map.model
             layers.install_layers(model, parameter_map.tensors)
             weights.load_parameters(model, "", parameter_map, compute_dtype=mx.float32, widen=widen)
-            assert model.lm_head.weight.dtype == model.model.embed_tokens.weight.dtype == matrices
+            assert model.lm_head.weight.dtype == model.model.layers[0].mlp.up_proj.weight.dtype == matrices
+            # Its rows are only looked up: nothing would be gained.
+            assert model.model.embed_tokens.weight.dtype == mx.bfloat16
             assert model.model.norm.weight.dtype == mx.float32
             assert model(mx.array([PROMPT])).dtype == mx.float32
+
+
+@pytest.mark.parametrize("compute_dtype", [None, mx.float32], ids=str)
+def test_floats_read_in_parts_are_those_read_at_once(tmp_path, monkeypatch, compute_dtype):
+    path = save_random(tmp_path / "m", *ZOO["llama"], dtype=mx.bfloat16)
+
+    def loaded():
+        with open_checkpoint(path) as checkpoint:
+            parameter_map = ParameterMap(checkpoint)
+            model = parameter_map.model
+            layers.install_layers(model, parameter_map.tensors)
+            weights.load_parameters(model, "", parameter_map, compute_dtype=compute_dtype, widen=True)
+            return dict(tree_flatten(model.parameters()))
+
+    whole = loaded()
+    rows = whole["lm_head.weight"].shape[0]
+    # Neither one row at a time nor a divisor of the number of rows.
+    monkeypatch.setattr(weights, "_CHUNK", whole["lm_head.weight"].size // rows * (rows // 3 + 1))
+    for name, parts in loaded().items():
+        assert parts.dtype == whole[name].dtype
+        assert mx.array_equal(parts, whole[name]), name
 
 
 def test_a_part_that_the_checkpoint_lacks_is_named(zoo):
