@@ -125,18 +125,23 @@ def _layout(settings: dict[str, Any], where: str) -> str:
 
 def collect(source: Source) -> dict[str, Packed]:
     """Every module that has a `qweight`."""
-    layout, group_size = _layout(source.settings, source.where), _group_size(source.settings)
     found: dict[str, Packed] = {}
     for name in source.raw.entries:
         module = name.removesuffix(".qweight")
         if module != name:
-            if f"{module}.weight" in source.raw.entries:
-                raise CheckpointError(f"{source.where}: {quoted(module)} has both weight and qweight")
-            found[f"{module}.weight"] = _matrix(source, module, layout, group_size)
+            found[f"{module}.weight"] = packed_module(source, module)
     return found
 
 
-def _matrix(source: Source, module: str, layout: str, group_size: int) -> _Matrix:
+def packed_module(source: Source, module: str) -> _Matrix:
+    """The matrix of one module.
+
+    Raises:
+        CheckpointError: parts that are missing, or disagree with each other or the settings.
+    """
+    layout, group_size = _layout(source.settings, source.where), _group_size(source.settings)
+    if f"{module}.weight" in source.raw.entries:
+        raise CheckpointError(f"{source.where}: {quoted(module)} has both weight and qweight")
     weight = part(source, f"{module}.qweight", ("I32", "I16"))
     if len(weight.shape) != 2 or 0 in weight.shape:
         raise CheckpointError(f"{source.where}: {quoted(module)}: qweight is {list(weight.shape)}, not a matrix")

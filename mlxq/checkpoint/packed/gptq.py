@@ -120,12 +120,17 @@ def collect(source: Source) -> dict[str, Packed]:
                 raise CheckpointError(
                     f"{source.where}: {quoted(name)} is packed, but dynamic says that this module is not"
                 )
-            how = _settings(source.settings, overrides, source.where)
-            found[f"{module}.weight"] = _matrix(source, module, how)
+            found[f"{module}.weight"] = packed_module(source, module, overrides)
     return found
 
 
-def _matrix(source: Source, module: str, how: Settings) -> GptqMatrix:
+def packed_module(source: Source, module: str, overrides: dict[str, Any] | None = None) -> GptqMatrix:
+    """The matrix of one module, by the settings and what overrides them.
+
+    Raises:
+        CheckpointError: parts that are missing, or disagree with each other or the settings.
+    """
+    how = _settings(source.settings, overrides or {}, source.where)
     where = f"{source.where}: {quoted(module)}"
     weight = part(source, f"{module}.qweight", ("I32",))
     if f"{module}.weight" in source.raw.entries:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlxq.checkpoint.config import read_json
-from mlxq.checkpoint.packed import awq, bitsandbytes, compressed_tensors, fp8, gptq, modelopt, mxfp4
+from mlxq.checkpoint.packed import autoround, awq, bitsandbytes, compressed_tensors, fp8, gptq, modelopt, mxfp4
 from mlxq.checkpoint.packed.base import Scheme
 from mlxq.checkpoint.safetensors import quoted
 from mlxq.errors import CheckpointError
@@ -15,6 +15,8 @@ from mlxq.errors import CheckpointError
 SCHEMES: dict[str, Scheme] = {
     "gptq": gptq.SCHEME,
     "awq": awq.SCHEME,
+    "auto-round": autoround.SCHEME,
+    "intel/auto-round": autoround.SCHEME,
     "fp8": fp8.SCHEME,
     "fbgemm_fp8": fp8.SCHEME,
     "mxfp4": mxfp4.SCHEME,
