@@ -1,17 +1,15 @@
 """Calibrated quantization: the model runs block by block over a text, and each block is quantized as it is met.
 
-For each block: its inputs are what the blocks before it, already quantized, make of the text; the block runs with its
-float weights while the second moments of every matrix's input are taken; the matrices are quantized; the block runs
-again with the quantized weights, and what comes out goes into the next. The codes wait in a `CodeStore`, so a killed
-run goes on where it was.
+The inputs of a block are what the blocks before it, already quantized, make of the text. Its matrices are quantized in
+the order of their use: the block runs up to each (`inputs`), with those before it quantized, while the second moments
+of what goes in are taken. Then the whole block runs, and what comes out goes into the next. The codes wait in a
+`CodeStore`, so a killed run goes on where it was.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -20,14 +18,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlxq.architectures.parameters import ParameterMap
-from mlxq.calibration.observe import InputSeen, Observations, observing
-from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight, share_of
+from mlxq.calibration.observe import Observations
+from mlxq.calibration.stream import Activations, Block, BlockStream, put_weight
 from mlxq.calibration.texts import CalibrationText, digest
 from mlxq.conversion.code_store import Codes, CodeStore
 from mlxq.conversion.coders import coder_of
 from mlxq.conversion.cost_file import Costs
 from mlxq.conversion.folding import FoldedParameters
-from mlxq.conversion.matrices import HELD_OUT_ROWS, Found, Matrices, held_out, other_methods
+from mlxq.conversion.inputs import Inputs
+from mlxq.conversion.matrices import Found, Matrices, other_methods
 from mlxq.conversion.request import CalibrationRequest
 from mlxq.conversion.scaling import Scaling
 from mlxq.conversion.tuning import Tuning
@@ -38,10 +37,6 @@ from mlxq.runtime.weights import to_mlx
 from mlxq.types import CancelToken, Progress, ProgressCallback
 from mlxq.writers.measured import counted
 
-#: Tokens that say which scales are best, as multiples of the widest input of a block.
-_SCALING_TOKENS = 4
-#: Tokens that say what goes into a head which is the embedding; more where it is wide.
-_HEAD_TOKENS = 4096
 #: Damping of the gradients' second moments at an embedding, whose free directions cost something where errors are
 #: large: KL of Q2_K rows alone 0.097 with 0.01, 0.034 with 0.1, 0.042 with 1, by a search 0.074; of Q4_K rows alone
 #: 0.0015 with 0.01, 0.0017 with 0.1, by a search 0.0041.
@@ -80,9 +75,6 @@ class Calibration:
         self._blind: list[str] = []
         #: Parameter -> method -> matrices that it was kept for, instead of the one that was asked for.
         self._instead: dict[str, dict[str, int]] = {}
-        self._aside = held_out(len(self.text.sequences))
-        of_model = self._matrices, self.cancel, self.progress
-        self._tuning = Tuning(self.request.tune, self._aside, self.request.seed, *of_model)
         #: Bytes for hidden states, and for the second moments of a stack of experts.
         self._room = self.request.room
         length = self.text.sequences.shape[1]
@@ -90,6 +82,9 @@ class Calibration:
         if self._measured and self.costs.text != digest(self.text.sequences[: self._measured.n_tokens // length]):
             self.notes.append("the costs were measured on another text, so all tokens of this one count alike")
             self._measured = None
+        self._inputs = Inputs(self.text.sequences, self._measured, self._room, self.cancel)
+        of_model = self._matrices, self.cancel, self.progress
+        self._tuning = Tuning(self.request.tune, self._inputs.aside, self.request.seed, *of_model)
 
     def run(self) -> None:
         """Quantize every planned matrix.
@@ -133,77 +128,23 @@ class Calibration:
                 self._put(block, name, self._decoded(name))
         inside = [n for n in self.folded.scaled if n.startswith(f"{block.path}.") and n not in self.store]
         self.folded.put(block, inside)
+        report = self._reporter(block.index, 1)
         for i, hidden in enumerate(activations):
             self.cancel.check()
             output = block(hidden)
             activations[i] = output
             if not bool(mx.isfinite(output).all()):
                 raise CalibrationError(f"{block.path}: its output is not finite on the calibration text")
-            self._report(block.index, (1, 2), activations.chunks[i].stop)
-
-    def _observed(
-        self,
-        block: Block,
-        activations: Activations,
-        names: Sequence[str],
-        stage: tuple[int, int] = (0, 2),
-        last: str | None = None,
-        only: np.ndarray | None = None,
-    ) -> Iterator[Observations]:
-        """What goes into the matrices of a block; stacks of experts that have no room at once, some at a time.
-
-        `stage` says which part of the work on the block this is, and of how many; nothing is run after `last`, and of
-        the sequences `only` (bool `[S]`) those that it marks.
-        """
-        for turn in count():
-            seen = Observations(room=self._room, turn=turn)
-            with observing(block.module, block.path, names, seen, last=last):
-                done = 0
-                for which, hidden, marked in activations.apart(self._aside):
-                    self.cancel.check()
-                    if only is not None and not only[which].all():
-                        some = np.flatnonzero(only[which])
-                        if not len(some):
-                            continue
-                        hidden, which = hidden[mx.array(some)], which[some]
-                    seen.weights = self._weights_of(which)
-                    seen.aside = share_of(HELD_OUT_ROWS, len(which), self._aside) if marked else None
-                    with contextlib.suppress(InputSeen):
-                        mx.eval(block(hidden))
-                    done += len(which)
-                    if turn == 0 and only is None:
-                        self._report(block.index, stage, done)
-            yield seen
-            names = seen.waiting()
-            if not names:
-                return
-
-    def _weights_of(self, sequences: np.ndarray) -> Callable[[str], np.ndarray | None]:
-        """How much each token of some sequences counts for a matrix's Hessian: half alike, half by its gradients.
-
-        Measured: KL of 4-bit codes 0.0727 with all alike, 0.0653 by gradients alone, 0.0620 by halves.
-        """
-        length = self.text.sequences.shape[1]
-
-        def of(name: str) -> np.ndarray | None:
-            found = self._measured.token_weights.get(name) if self._measured else None
-            if found is None:
-                return None
-            weights = np.ones((len(sequences), length), np.float32)
-            known = found.reshape(-1, length)
-            some = sequences < len(known)
-            weights[some] = 0.5 + 0.5 * known[sequences[some]]
-            return weights.ravel()
-
-        return of
+            report(activations.chunks[i].stop)
 
     def _quantize_block(self, block: Block, activations: Activations, names: Sequence[str]) -> None:
         """With scales, again without those with which a matrix loses more than by rounding to nearest without them."""
         # A model that runs whole would have to run once for each of its layers.
-        groups = self._groups(block, activations[0][:1], names) if block.path else []
+        groups = self._inputs.groups(block, activations[0][:1], names) if block.path else []
         scaling = self._scaling.of_block(block, activations[0][:1], names)
         if scaling.has_places:
-            turns = self._observed(block, activations, names, only=self._some(names))
+            width = max(self._plans[name].info.shape[-1] for name in names)
+            turns = self._inputs.of_block(block, activations, names, only=self._inputs.some(width))
             scaling.choose(next(turns))
             turns.close()
             self._matrices.forget()
@@ -214,28 +155,14 @@ class Calibration:
             if not scaling.take_back(found.errors):
                 break
             changed = sorted({*changed, *names})
-        tuned, notes = self._tuning.of_block(block, activations, found, self._measured, self._weights_of)
+        tuned, notes = self._tuning.of_block(block, activations, found, self._measured, self._inputs.weights_of)
         self._store(block.index + 1, found, scaling.arrays() | tuned, scaling.notes() | notes)
-
-    def _some(self, names: Sequence[str]) -> np.ndarray:
-        """Sequences that are enough to choose scales by, bool `[S]`, those that are held out among them."""
-        n, length = self.text.sequences.shape
-        wanted = _SCALING_TOKENS * max(self._plans[name].info.shape[-1] for name in names)
-        return self._aside | (np.arange(n) % max(1, n * length // wanted) == 0)
 
     def _at_once(self, block: Block, activations: Activations, names: Sequence[str]) -> Found:
         found = Found()
-        for seen in self._observed(block, activations, names):
+        for seen in self._inputs.of_block(block, activations, names, on_sequences=self._reporter(block.index)):
             self._add(found, seen)
         return found
-
-    def _groups(self, block: Block, hidden: mx.array, names: Sequence[str]) -> list[list[str]]:
-        """Matrices by what goes into them, in the order of their use; none where one is used more than once."""
-        seen = Observations(room=self._room)
-        with observing(block.module, block.path, names, seen):
-            mx.eval(block(hidden))
-        again = any(len(m.counts) == 1 and m.counts[0] > hidden.shape[1] for m in seen.moments.values())
-        return [] if again else seen.by_input()
 
     def _one_by_one(self, block: Block, activations: Activations, groups: list[list[str]]) -> Found:
         """What goes into a matrix is what those before it, already quantized, make of the text.
@@ -244,7 +171,8 @@ class Calibration:
         """
         found = Found()
         for at, group in enumerate(groups):
-            for seen in self._observed(block, activations, group, (at, 2 * len(groups)), group[-1]):
+            report = self._reporter(block.index, at, 2 * len(groups))
+            for seen in self._inputs.of_block(block, activations, group, group[-1], on_sequences=report):
                 self._add(found, seen)
             for name in group:
                 plan = self._plans[name]
@@ -302,7 +230,9 @@ class Calibration:
         if stream.whole:
             names = [n for n in names if not self._is_head(n)]
         if not self._is_done(0):
-            seen = self._inputs_of_tied_head([n for n in names if self._is_head(n)])
+            heads = [n for n in names if self._is_head(n)]
+            width = max((self._plans[n].info.shape[-1] for n in heads), default=0)
+            seen = self._inputs.of_tied_head(self.parameters, heads, width)
             looked_up = [n for n in names if n not in seen.order]
             curvature = None
             if self._measured and looked_up:
@@ -312,38 +242,12 @@ class Calibration:
         looked_up = () if stream.whole else names
         stream.embed({n.removesuffix(".weight"): to_mlx(self._decoded(n)) for n in looked_up})
 
-    def _inputs_of_tied_head(self, names: Sequence[str]) -> Observations:
-        """What the float model sends into a head that is the embedding: its codes are needed before the first block.
-
-        A part of the text says enough of it.
-        """
-        seen = Observations()
-        if not names:
-            return seen
-        n, length = self.text.sequences.shape
-        width = max(self._plans[name].info.shape[-1] for name in names)
-        some = np.linspace(0, n - 1, min(n, -(-max(_HEAD_TOKENS, 4 * width) // length))).astype(int)
-
-        def forwards(block: Block, activations: Activations) -> None:
-            for i, hidden in enumerate(activations):
-                self.cancel.check()
-                activations[i] = block(hidden)
-
-        with BlockStream(self.parameters, self.text.sequences[some], room=self._room) as stream:
-            stream.embed()
-            stream.run(forwards)
-            return self._inputs_of_head(stream, names)
-
-    def _inputs_of_head(self, stream: BlockStream, names: Sequence[str]) -> Observations:
-        aside = held_out(stream.n_sequences)
-        return stream.inputs_of_head(lambda path: [n for n in names if n.startswith(f"{path}.")], aside, HELD_OUT_ROWS)
-
     def _head(self, stream: BlockStream) -> None:
         step = stream.n_blocks + 1
         names = [n for path in stream.parts for n in self._names(path) if n not in self.store]
         if self._is_done(step) or not names:
             return
-        self._quantize(step, [self._inputs_of_head(stream, names)])
+        self._quantize(step, [self._inputs.of_head(stream, names)])
 
     def _rest(self, step: int) -> None:
         """Matrices that the text never reached, or whose kind of layer is not known."""
@@ -376,10 +280,14 @@ class Calibration:
         path = name.removesuffix(".weight").removeprefix(f"{block.path}.")
         put_weight(block.module, path, to_mlx(decoded))
 
-    def _report(self, index: int, stage: tuple[int, int], done: int) -> None:
-        """`done` of the sequences in a part of the work on a block, of how many."""
-        if self.progress:
-            n, (at, of) = len(self._aside), stage
-            per_block = 4 * n
-            step = index * per_block + (at * n + done) * 4 // of
-            self.progress(Progress("calibrate", step, self._n_blocks * per_block, "passes", f"block {index + 1}"))
+    def _reporter(self, index: int, part: int = 0, parts: int = 2) -> Callable[[int], None]:
+        """Is told how many sequences were run in one of the parts of the work on a block."""
+
+        def report(done: int) -> None:
+            if self.progress:
+                n = len(self.text.sequences)
+                per_block = 4 * n
+                step = index * per_block + (part * n + done) * 4 // parts
+                self.progress(Progress("calibrate", step, self._n_blocks * per_block, "passes", f"block {index + 1}"))
+
+        return report
