@@ -134,6 +134,11 @@ def _base(infos: list[TensorInfo], layout: str) -> QuantSpec:
         if _why_float(info, layout, info.spec) is None:
             weights[info.spec] = weights.get(info.spec, 0) + info.size
     if not weights:
+        if any(info.permuted_spec for info in infos):
+            raise PlanError(
+                f"columns of its layers are out of order (act-order), which cannot be exported to {layout.upper()}; "
+                "mlxq convert --recipe four-way quantizes them anew"
+            )
         held = ", ".join(map(str, gptq.BITS)) if layout == "gptq" else awq.BITS
         raise PlanError(
             f"no layer is quantized with {held} bits, as {layout.upper()} is; mlxq convert --recipe four-way makes "

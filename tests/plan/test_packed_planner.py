@@ -76,6 +76,9 @@ def test_exact_refuses_rounded_zero_points():
 def test_unfit_models_are_refused():
     with pytest.raises(PlanError, match=r"no layer is quantized with 4 bits, as AWQ is; .*--recipe four-way"):
         plan("awq", model(q_proj=None, down_proj=QuantSpec(6, 64)))
+    permuted = TensorInfo(f"{BLOCK}mlp.up_proj.weight", (8, 128), "GPTQ", 1, module="linear", permuted_spec=FOUR)
+    with pytest.raises(PlanError, match="columns of its layers are out of order"):
+        plan("gptq", [permuted])
     with pytest.raises(PlanError, match="stack of 8 matrices"):
         plan("gptq", [*model(), info(f"{BLOCK}mlp.switch_mlp.up_proj.weight", (8, 64, 64), FOUR, "switch")])
     with pytest.raises(PlanError, match=r"unknown format 'gguf': choose one of gptq, gptq_v1, awq"):
