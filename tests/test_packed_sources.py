@@ -16,7 +16,7 @@ from mlxq.errors import PlanError
 from mlxq.formats.crossings import dequantize
 from mlxq.formats.floats import dtype_of, to_float32
 from mlxq.runtime import weights
-from mlxq.runtime.layers import PermutedLinear
+from mlxq.runtime.layers import PermutedLinear, PermutedSwitchLinear
 
 TOKENS = [[1, 5, 9, 200, 31, 7, 77, 12]]
 
@@ -79,9 +79,9 @@ def as_float(source, directory):
     return directory
 
 
-def logits(path):
+def logits(path, tokens=TOKENS):
     with mlxq.load(path) as model:
-        return np.array(model.module(mx.array(TOKENS)).astype(mx.float32))
+        return np.array(model.module(mx.array(tokens)).astype(mx.float32))
 
 
 @pytest.mark.parametrize("name", IN_ORDER)
@@ -231,12 +231,21 @@ def test_experts_keep_their_codes(tmp_path):
         )
 
 
-def test_experts_out_of_order_are_decoded(tmp_path):
+def test_experts_out_of_order_keep_their_codes_when_run(tmp_path):
+    rng = np.random.default_rng(3)
+
     def parts(w):
-        return gptq_parts(w, group_of=shuffled(w.shape[1]))
+        # Each expert in an order of its own.
+        return gptq_parts(w, group_of=rng.permutation(np.arange(w.shape[1]) // 32))
 
     source = make_experts(tmp_path / "source", parts, gptq_settings(desc_act=True))
     plan = mlxq.convert(source, dry_run=True).plan
     assert {p.action for p in plan.tensors if p.info.module == "switch"} == {"keep"}
-    expected = logits(as_float(source, tmp_path / "float"))
-    assert np.abs(logits(source) - expected).max() < 2e-3 * np.abs(expected).max()
+    as_float(source, tmp_path / "float")
+    # Many tokens are sorted by expert.
+    for tokens in (TOKENS, [list(range(40))]):
+        expected = logits(tmp_path / "float", tokens)
+        assert np.abs(logits(source, tokens) - expected).max() < 2e-3 * np.abs(expected).max()
+    with mlxq.load(source) as model:
+        experts = [m for m in model.module.modules() if isinstance(m, PermutedSwitchLinear)]
+        assert sorted(m.order.shape for m in experts) == [(4, 64), (4, 128), (4, 128)]

@@ -185,7 +185,10 @@ class ParameterMap:
         return self.checkpoint.read_quantized(self._direct[name], rows)
 
     def read_order(self, name: str) -> np.ndarray:
-        """Order of the columns of a parameter whose `TensorInfo.permuted_spec` is set (see `Checkpoint.read_order`)."""
+        """Order of the columns of a parameter whose `TensorInfo.permuted_spec` is set (see `Checkpoint.read_order`);
+        of a stack one order for each matrix, int32 `[E, K]`."""
+        if name in self._stacks:
+            return np.stack([self.checkpoint.read_order(part) for part in self._stacks[name]])
         return self.checkpoint.read_order(self._direct[name])
 
     def read_blocks(self, name: str, rows: slice | None = None) -> np.ndarray:

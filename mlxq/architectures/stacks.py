@@ -66,16 +66,18 @@ def _alike(infos: list[TensorInfo]) -> bool:
 
 
 def stacked_info(name: str, infos: list[TensorInfo]) -> TensorInfo:
-    """The stack of these matrices; columns that are out of order are so in each in its own way, and none of a grid."""
+    """The stack of these matrices, of their grid: columns that are out of order are so in each in its own way."""
     dtypes = {i.scales_dtype for i in infos}
-    ordered = infos[0].spec is not None
+    permuted = {i.permuted_spec for i in infos}
+    permuted_spec = permuted.pop() if len(permuted) == 1 else None
+    has_grid = infos[0].spec is not None or permuted_spec is not None
     return dataclasses.replace(
         infos[0],
         name=name,
         shape=(len(infos), *infos[0].shape),
         nbytes=sum(i.nbytes for i in infos),
-        scales_dtype=(dtypes.pop() if len(dtypes) == 1 else "F32") if ordered else None,
-        permuted_spec=None,
+        scales_dtype=(dtypes.pop() if len(dtypes) == 1 else "F32") if has_grid else None,
+        permuted_spec=permuted_spec,
     )
 
 

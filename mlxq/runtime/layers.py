@@ -190,6 +190,23 @@ class QuantizedSwitchLinear(_Experts, _Quantized, _switch.QuantizedSwitchLinear)
         return y + mx.expand_dims(self["bias"][indices], -2) if "bias" in self else y
 
 
+class PermutedSwitchLinear(QuantizedSwitchLinear):
+    """A `QuantizedSwitchLinear` whose columns are in another order: column k of expert e multiplies column
+    `order[e, k]` of x. See `PermutedLinear`.
+    """
+
+    def __init__(self, layer: Any, spec: QuantSpec, dtype: mx.Dtype):
+        super().__init__(layer, spec, dtype)
+        experts, _, K = layer.weight.shape
+        self.order = mx.zeros((experts, K), mx.int32)
+        self.freeze()
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        each = mx.broadcast_to(x, (*indices.shape, *x.shape[-2:]))
+        order = mx.broadcast_to(mx.expand_dims(self["order"][indices], -2), each.shape)
+        return super().__call__(mx.take_along_axis(each, order, axis=-1), indices, sorted_indices)
+
+
 class _Kinds(NamedTuple):
     """Our layers in the place of one of mlx's, by how its weight is held."""
 
@@ -204,6 +221,9 @@ _LAYERS = {
     nn.Embedding: _Kinds(Embedding, QuantizedEmbedding, BlockEmbedding),
     _switch.SwitchLinear: _Kinds(SwitchLinear, QuantizedSwitchLinear, BlockSwitchLinear),
 }
+
+#: Of those, layers whose columns may be in another order.
+_PERMUTED = {nn.Linear: PermutedLinear, _switch.SwitchLinear: PermutedSwitchLinear}
 
 
 def keeps_blocks(info: TensorInfo, compact: bool = False) -> bool:
@@ -304,8 +324,8 @@ def _replacement(layer: nn.Module, info: TensorInfo, compact: bool) -> nn.Module
             spec = info.spec
             return layer.to_quantized(group_size=spec.group_size, bits=spec.bits, mode=spec.mode)
         return ours.quantized(layer, info.spec, _FLOATS[info.scales_dtype or "F16"])
-    if info.permuted_spec is not None and type(layer) is nn.Linear:
-        return PermutedLinear(layer, info.permuted_spec, _FLOATS[info.scales_dtype or "F16"])
+    if info.permuted_spec is not None and type(layer) in _PERMUTED:
+        return _PERMUTED[type(layer)](layer, info.permuted_spec, _FLOATS[info.scales_dtype or "F16"])
     if ours is None:
         return layer
     new = ours.plain.__new__(ours.plain)
