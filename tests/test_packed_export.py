@@ -14,6 +14,7 @@ from mlxq.errors import CheckpointError, OutputError, PlanError
 from mlxq.evaluate.comparison.compare import compare
 from mlxq.formats import affine
 from mlxq.formats.floats import to_float32
+from mlxq.types import QuantSpec
 
 FORMATS = ("gptq", "gptq_v1", "awq")
 SMALL = {"num_hidden_layers": 1, "hidden_size": 64, "intermediate_size": 128, "vocab_size": 264}
@@ -190,3 +191,22 @@ def test_unfit_sources_are_refused_and_leave_nothing(made, tmp_path):
 def test_the_recipe_refuses_what_would_leave_its_grid(made, tmp_path, option):
     with pytest.raises(PlanError, match="four-way recipe has 4 bits"):
         mlxq.convert(made / "source", tmp_path / "out", recipe="four-way", **option)
+
+
+def test_layers_that_differ_are_named_to_gptq_s_loaders(made, tmp_path):
+    rules = {"tensor_types": ["down_proj=8", "up_proj=6"], "keep": ["v_proj"]}
+    mlxq.convert(made / "source", tmp_path / "mixed", method="rtn", dtype="float16", verify=False, **rules)
+    result = mlxq.export(tmp_path / "mixed", tmp_path / "gptq", to="gptq")
+    dynamic = json.loads((tmp_path / "gptq/config.json").read_text())["quantization_config"]["dynamic"]
+    block = r"model\.layers\.0\."
+    assert dynamic == {
+        f"+:^{block}mlp\\.down_proj$": {"bits": 8, "group_size": 64},
+        f"-:^{block}mlp\\.up_proj$": {},
+        f"-:^{block}self_attn\\.v_proj$": {},
+    }
+    assert any("`dynamic`" in note for note in result.plan.notes)
+    with open_checkpoint(tmp_path / "gptq") as read:
+        assert read.tensors[f"{LAYER}.weight"].spec == QuantSpec(8, 64)
+        assert read.tensors["model.layers.0.mlp.up_proj.weight"].dtype == "F16"
+    kept = next(p for p in result.plan.tensors if "up_proj" in p.info.name)
+    assert kept.reason == "GPTQ has no 6-bit group 64; decoded from AFFINE"
