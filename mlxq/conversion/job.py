@@ -10,7 +10,8 @@ from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.base import Checkpoint
-from mlxq.errors import OutputError, VerificationError
+from mlxq.checkpoint.huggingface import is_tokenizer
+from mlxq.errors import CheckpointError, OutputError, VerificationError
 from mlxq.plan.planner import Plan
 from mlxq.types import CancelToken, ProgressCallback
 
@@ -101,6 +102,18 @@ class Job:
         if checkpoint.path.parent.name == "snapshots":
             described["commit"] = checkpoint.path.name
         return described | {"files": dict(sorted(files.items()))}
+
+
+def companions_of(checkpoint: Checkpoint) -> dict[str, Path | bytes]:
+    """`Checkpoint.companion_files`, with a tokenizer among them.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    companions = checkpoint.companion_files()
+    if not is_tokenizer(companions):
+        raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
+    return companions
 
 
 def refuse_source(output: Path, checkpoint: Checkpoint) -> None:

@@ -11,15 +11,14 @@ from typing import Any
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.checkpoint.gguf.fields import config_name
 from mlxq.checkpoint.gguf.names import GgufArchitecture, MappedTensor, architecture_for
-from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion.budget import Known
 from mlxq.conversion.calibrated import calibrate, is_needed
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
-from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, companions_of, refuse_source
 from mlxq.conversion.method_choice import MethodChoice
 from mlxq.conversion.request import MODELFILE, BudgetRequest, CalibrationRequest, GgufRequest, manifest_name
-from mlxq.errors import CheckpointError, PlanError
+from mlxq.errors import PlanError
 from mlxq.formats import crossings
 from mlxq.formats.geometry import BLOCK_FORMATS
 from mlxq.formats.superblocks import K_TYPES, SUPER_BLOCK
@@ -63,8 +62,8 @@ def to_gguf(
     with open_checkpoint(job.source, job.revision, job.progress, accept=architecture_for) as checkpoint:
         if stage is not None:
             refuse_source(stage.path, checkpoint)
-        if checkpoint.kind != "gguf" and not is_tokenizer(checkpoint.companion_files()):
-            raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
+        if checkpoint.kind != "gguf":
+            companions_of(checkpoint)
         _, arch = architecture_for(checkpoint.config)
         parameters = ParameterMap(checkpoint)
         names = gguf_names(parameters)

@@ -11,15 +11,13 @@ from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
-from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
 from mlxq.conversion.budget import Known
 from mlxq.conversion.calibrated import calibrate, is_needed
 from mlxq.conversion.importance import check_importance, gguf_names, read_importance
-from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, companions_of, refuse_source
 from mlxq.conversion.method_choice import MethodChoice
 from mlxq.conversion.request import BudgetRequest, CalibrationRequest
-from mlxq.errors import CheckpointError
 from mlxq.plan.planner import Plan, PlanOptions, make_plan
 from mlxq.types import Method
 from mlxq.writers import mlx as mlx_writer
@@ -67,9 +65,7 @@ def to_mlx(
             job.on_plan(plan)
         if stage is None:
             return ConversionResult(None, plan, checkpoint.config)
-        companions = checkpoint.companion_files()
-        if not is_tokenizer(companions):
-            raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
+        companions = companions_of(checkpoint)
         stage.check_space(plan.nbytes + OTHER_FILES)
         weighting = Weighting(importance, {name: mapped.name for name, mapped in names.items()})
         codes, calibrated, scaled = None, list[str](), parameters

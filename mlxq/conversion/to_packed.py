@@ -6,9 +6,8 @@ from typing import Any
 
 from mlxq.architectures.parameters import ParameterMap
 from mlxq.architectures.registry import model_classes
-from mlxq.checkpoint.huggingface import is_tokenizer
 from mlxq.checkpoint.source import open_checkpoint
-from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, refuse_source
+from mlxq.conversion.job import OTHER_FILES, ConversionResult, Job, companions_of, refuse_source
 from mlxq.errors import CheckpointError, FormatError, PlanError
 from mlxq.plan.packed_planner import PACKED_FORMATS, SAME_NAMES, PackedPlan, make_packed_plan
 from mlxq.writers import packed
@@ -39,9 +38,7 @@ def to_packed(job: Job, to: str, *, exact: bool = False) -> ConversionResult:
             job.on_plan(plan)
         if stage is None:
             return ConversionResult(None, plan, checkpoint.config)
-        companions = checkpoint.companion_files()
-        if not is_tokenizer(companions):
-            raise CheckpointError(f"{checkpoint.path}: no tokenizer (tokenizer.json or tokenizer.model) is there")
+        companions = companions_of(checkpoint)
         stage.check_space(plan.nbytes + OTHER_FILES)
         target = packed.PackedTarget(parameters, plan)
         weights = WeightStream(parameters, plan, target, job.progress, job.cancel, is_whole=target.is_whole)
