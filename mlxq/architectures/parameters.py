@@ -13,6 +13,7 @@ the parameters that a model wants are known only afterwards.
 from __future__ import annotations
 
 import dataclasses
+import re
 import threading
 from typing import Any
 
@@ -28,6 +29,11 @@ from mlxq.types import FLOAT_BYTES, ModuleKind, QuantizedTensor, TensorInfo
 
 #: mlx counts the elements of an axis in a signed 32-bit integer.
 _LONGEST_AXIS = 2**31 - 1
+#: Paths of output projections, by the names that mlx-lm's models use. A module called `output` is one only outside of
+#: the blocks, where its path is `output` or `model.output`; OLMo calls both its head and its down projections `ff_out`.
+OUTPUT_PROJECTION = re.compile(
+    r"(^|\.)(lm_head|lm_head\.linear|embed_out|output_head|transformer\.ff_out)$|^(language_model\.)?(model\.)?output$"
+)
 
 
 class ParameterMap:
@@ -59,6 +65,11 @@ class ParameterMap:
         self._find_modules()
         self._lock = threading.Lock()
         self._cached: tuple[str, np.ndarray] | None = None
+
+    @property
+    def has_output_projection(self) -> bool:
+        """Whether the model has a head of its own, so that its embedding's rows are looked up and no more."""
+        return any(OUTPUT_PROJECTION.search(name.rpartition(".")[0]) for name in self.tensors)
 
     def new_model(self) -> Any:
         """Another skeleton like `model`: built from config.json, then changed as `sanitize` changes it."""

@@ -227,10 +227,11 @@ class Calibration:
         One that is the head, too, is quantized as a head.
         """
         names = [n for n in self._plans if self._plans[n].info.module == "embedding"]
-        if stream.whole:
-            names = [n for n in names if not self._is_head(n)]
+        tied = not self.parameters.has_output_projection
+        if stream.whole and tied:
+            names = []
         if not self._is_done(0):
-            heads = [n for n in names if self._is_head(n)]
+            heads = names if tied else []
             width = max((self._plans[n].info.shape[-1] for n in heads), default=0)
             seen = self._inputs.of_tied_head(self.parameters, heads, width)
             looked_up = [n for n in names if n not in seen.order]
@@ -267,10 +268,6 @@ class Calibration:
 
     def _names(self, path: str) -> list[str]:
         return [n for n in self._plans if n.startswith(f"{path}." if path else "")]
-
-    def _is_head(self, name: str) -> bool:
-        """Whether an embedding is the output projection, too."""
-        return not any(n.startswith("lm_head.") or ".lm_head." in n for n in self.parameters.tensors)
 
     def _decoded(self, name: str) -> np.ndarray:
         return self._coder.decoded(self.store.read(name), self._plans[name])

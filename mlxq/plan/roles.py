@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from mlxq.architectures.parameters import OUTPUT_PROJECTION
 from mlxq.types import TensorInfo
 
 Role = Literal["embedding", "head", "router", "value", "down", "linear", "other"]
@@ -15,11 +16,7 @@ def _ends_in(*paths: str) -> re.Pattern[str]:
     return re.compile(rf"(^|\.)({'|'.join(paths)})$")
 
 
-# The names that mlx-lm's models use. A module called `output` is a head only outside of the blocks, where its path is
-# `output` or `model.output`; OLMo calls both its head and its down projections `ff_out`.
-_HEAD = re.compile(
-    r"(^|\.)(lm_head|lm_head\.linear|embed_out|output_head|transformer\.ff_out)$|^(language_model\.)?(model\.)?output$"
-)
+# The names that mlx-lm's models use.
 _ROUTER = _ends_in("gate", "router", r"router\.(layer|proj|classifier)", r"gate\.wg", "shared_expert_gate")
 _VALUE = _ends_in(
     *("v_proj", "c_v", "attn_value"),
@@ -48,7 +45,7 @@ def role(info: TensorInfo) -> Role:
     if info.module == "other":
         return "other"
     path = module_path(info.name)
-    for pattern, name in ((_HEAD, "head"), (_ROUTER, "router"), (_VALUE, "value"), (_DOWN, "down")):
+    for pattern, name in ((OUTPUT_PROJECTION, "head"), (_ROUTER, "router"), (_VALUE, "value"), (_DOWN, "down")):
         if pattern.search(path):
             return name
     return "linear"

@@ -171,7 +171,7 @@ def _arrays(
         scales, biases = (to_mlx(a, dtype) for a in (q.scales, q.biases))
         order = {f"{path}.order": mx.array(source.read_order(info.name))} if permuted else {}
         return {info.name: mx.array(q.w_q), f"{path}.scales": scales, f"{path}.biases": biases} | order
-    widen = widen and not _is_looked_up(info, source)
+    widen = widen and not (info.module == "embedding" and source.has_output_projection)
     if info.module in _MATRIX_KINDS and not widen and info.dtype != "F32":
         dtype = None if is_float32(dtype) else dtype
         if info.dtype not in FLOAT_BYTES:
@@ -195,13 +195,6 @@ def _read_in_parts(info: TensorInfo, source: ParameterMap, dtype: mx.Dtype | Non
     for rows in others:
         held[rows] = np.asarray(memoryview(to_mlx(source.read(info.name, rows), dtype).view(bits)))
     return array.view(part.dtype)
-
-
-def _is_looked_up(info: TensorInfo, source: ParameterMap) -> bool:
-    """Whether an embedding's rows are all that is asked for: the model has an output projection of its own."""
-    return info.module == "embedding" and any(
-        i.module == "linear" and i.shape[0] == info.shape[0] for i in source.tensors.values()
-    )
 
 
 def _decoded(info: TensorInfo, source: ParameterMap) -> np.ndarray:

@@ -98,7 +98,7 @@ def matrices_of(parameters: ParameterMap) -> tuple[list[Matrix], list[str]]:
     tensors = parameters.tensors
     install_layers(parameters.model, tensors)
     dtype = _NAMES.get(default_compute_dtype(parameters))
-    tied = not any(name.endswith("lm_head.weight") for name in tensors)
+    tied = not parameters.has_output_projection
     counts: dict[Matrix, int] = {}
     left_out = []
     for name, info in tensors.items():
