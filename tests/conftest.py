@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,11 @@ import pytest
 from cache import CACHE, ROOT
 
 from mlxq.plan import default_method
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores Ctrl-C, and so would every program that a test starts there and interrupts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _unavailable(reason: str) -> None:
